@@ -1,0 +1,1 @@
+"""The embedded tiny model, its corpus, and the guided tour."""

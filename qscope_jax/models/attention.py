@@ -1,0 +1,126 @@
+"""Grouped-query attention: the module, its reference form, and the one place where a faster form is chosen."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from qscope_jax.models.cache import KeyValues
+from qscope_jax.models.config import ModelConfig
+from qscope_jax.models.linear import linear, precision_for, rms_norm
+from qscope_jax.models.rotary import apply_rotary
+
+# Finite, so that a row of padding gives a uniform average instead of NaN.
+_MASKED = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SequenceContext:
+    """What every mixer needs to know about the tokens of a call; computed once, shared by all layers."""
+
+    cos: Float[Array, "B T 1 C"]
+    sin: Float[Array, "B T 1 C"]
+    mask_BTS: Bool[Array, "B T S"]
+    slot: Int[Array, ""]
+
+
+class Attention(nnx.Module):
+    """Causal softmax attention with G key/value heads shared by H query heads, rotary positions and optional q/k norms."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        """Random weights: normal with standard deviation 0.02, output projection scaled down with depth."""
+        q, k, v, o = jax.random.split(key, 4)
+        width, heads, groups = config.d_model, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        dtype = jnp.dtype(config.dtype)
+
+        def weight(key: jax.Array, rows: int, columns: int, scale: float) -> nnx.Param:
+            return nnx.Param((jax.random.normal(key, (rows, columns), jnp.float32) * scale).astype(dtype))
+
+        self.config = config
+        self.q_proj = weight(q, heads, width, 0.02)
+        self.k_proj = weight(k, groups, width, 0.02)
+        self.v_proj = weight(v, groups, width, 0.02)
+        self.o_proj = weight(o, width, heads, 0.02 / math.sqrt(2 * config.num_layers))
+        if config.qk_norm:
+            self.q_norm = nnx.Param(jnp.ones((config.head_dim,), dtype))
+            self.k_norm = nnx.Param(jnp.ones((config.head_dim,), dtype))
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: SequenceContext, cache: KeyValues | None, repeat: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        """Mix the tokens of a call with each other and with those in the cache.
+
+        Args:
+            x_BTD: Normed residual stream.
+            context: Rotary tables, mask and write slot of this call.
+            cache: Keys and values of this layer of the period for all R repeats, or None.
+            repeat: Which of the R repeats this layer is.
+
+        Returns:
+            The layer's contribution to the residual stream, and the updated cache.
+        """
+        config = self.config
+        batch, length, _ = x_BTD.shape
+        q = linear(x_BTD, self.q_proj[...]).reshape(batch, length, config.num_heads, config.head_dim)
+        k = linear(x_BTD, self.k_proj[...]).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        v = linear(x_BTD, self.v_proj[...]).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        if config.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], config.norm_eps), rms_norm(k, self.k_norm[...], config.norm_eps)
+        q, k = apply_rotary(q, context.cos, context.sin), apply_rotary(k, context.cos, context.sin)
+        if cache is None and _implementation(config) == "cudnn":
+            out_BTHC = jax.nn.dot_product_attention(q, k, v, mask=context.mask_BTS[:, None], implementation="cudnn")
+            return linear(out_BTHC.reshape(batch, length, -1), self.o_proj[...]), None
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if cache is not None:
+            start = (repeat, 0, 0, context.slot, 0)
+            cache = KeyValues(
+                jax.lax.dynamic_update_slice(cache.k_RBGSC, k[None], start), jax.lax.dynamic_update_slice(cache.v_RBGSC, v[None], start)
+            )
+            k, v = (x[0] if x.shape[0] == 1 else x[repeat] for x in (cache.k_RBGSC, cache.v_RBGSC))
+        out_BTHC = attend(q, k, v, context.mask_BTS)
+        return linear(out_BTHC.reshape(batch, length, -1), self.o_proj[...]), cache
+
+
+def attend(
+    q_BTHC: Float[Array, "B T H C"], k_BGSC: Float[Array, "B G S C"], v_BGSC: Float[Array, "B G S C"], mask_BTS: Bool[Array, "B T S"]
+) -> Float[Array, "B T H C"]:
+    """Reference attention: scaled scores, softmax in float32, weighted values. `mask` is true where a query may look.
+
+    A query that may look nowhere (padding) gets the mean of the values, a finite number that nobody reads.
+    """
+    batch, length, heads, width = q_BTHC.shape
+    groups = k_BGSC.shape[1]
+    q = (q_BTHC * (width**-0.5)).reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, groups, -1, width)
+    precision = precision_for(q.dtype)
+    scores = jnp.einsum("bgqc,bgsc->bgqs", q, k_BGSC, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, groups, heads // groups, length, -1)
+    scores = jnp.where(mask_BTS[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSC.dtype).reshape(batch, groups, -1, scores.shape[-1])
+    out = jnp.einsum("bgqs,bgsc->bgqc", weights, v_BGSC, precision=precision)
+    return out.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
+
+
+def causal_mask(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"], slot: Int[Array, ""]) -> Bool[Array, "B T S"]:
+    """True where the query at index t may see the key in slot s: same segment, not padding, and not later.
+
+    Args:
+        queries_BT: Segment ids of the tokens of this call; 0 is padding.
+        keys_BS: Segment ids of all slots.
+        slot: Slot of the first query.
+    """
+    same = (queries_BT[:, :, None] == keys_BS[:, None, :]) & (keys_BS[:, None, :] > 0)
+    query_slots = slot + jnp.arange(queries_BT.shape[1], dtype=jnp.int32)
+    return same & (jnp.arange(keys_BS.shape[1], dtype=jnp.int32)[None, :] <= query_slots[:, None])[None]
+
+
+def _implementation(config: ModelConfig) -> str:
+    """The one place that picks an attention kernel: cuDNN's for half precision on NVIDIA GPUs, the reference elsewhere."""
+    if config.attention != "auto":
+        return config.attention
+    half = jnp.dtype(config.dtype).itemsize == 2
+    return "cudnn" if half and jax.default_backend() == "gpu" and config.head_dim <= 128 else "reference"

@@ -1,0 +1,91 @@
+"""Logical axis names of every parameter, and the one table that maps them to mesh axes."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qscope_jax.errors import ConfigError
+
+# Logical name -> mesh axis, for parameters. `None` is replicated.
+PARAMETER_RULES: dict[str, str | None] = {
+    "layers": None,
+    "vocabulary": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "hidden": "tensor",
+    "features": "tensor",
+    "stack": "fsdp",
+    "model": None,
+}
+
+# Last component of a parameter's path -> logical names of its trailing dimensions. Leading ones are stacked layers.
+PARAMETER_AXES: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocabulary", "embed"),
+    "head": ("vocabulary", "embed"),
+    "final_norm": ("embed",),
+    "input_norm": ("embed",),
+    "post_attention_norm": ("embed",),
+    "q_proj": ("heads", "embed"),
+    "k_proj": ("kv_heads", "embed"),
+    "v_proj": ("kv_heads", "embed"),
+    "o_proj": ("embed", "heads"),
+    "q_norm": ("head",),
+    "k_norm": ("head",),
+    "gate_proj": ("hidden", "embed"),
+    "up_proj": ("hidden", "embed"),
+    "down_proj": ("embed", "hidden"),
+    "W_enc": ("features", "model"),
+    "W_dec": ("features", "model"),
+    "b_enc": ("features",),
+    "b_dec": ("model",),
+    "threshold": ("features",),
+}
+
+
+def partition_spec(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Map logical axis names to a `PartitionSpec` on `mesh`.
+
+    A dimension that its mesh axis does not divide is replicated: a model with two key/value heads runs on four tensor shards.
+
+    Raises:
+        ConfigError: two dimensions of one array map to the same mesh axis.
+    """
+    axes: list[str | None] = []
+    for name, size in zip(logical, shape, strict=True):
+        axis = PARAMETER_RULES[name] if name is not None else None
+        axes.append(axis if axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None)
+    used = [axis for axis in axes if axis is not None]
+    if len(used) != len(set(used)):
+        raise ConfigError(f"logical axes {tuple(logical)} map to {tuple(axes)}: one mesh axis cannot split two dimensions")
+    return PartitionSpec(*axes)
+
+
+def parameter_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Sharding of the parameter called `name` (the last component of its path), with any stacked leading dimensions."""
+    logical = PARAMETER_AXES[name]
+    stacked = ("layers",) * (len(shape) - len(logical))
+    return NamedSharding(mesh, partition_spec((*stacked, *logical), shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding that keeps a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Sharding of a batch: rows over `data` and `fsdp`, the other dimensions whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(None,) * (ndim - 1)))
+
+
+def shard_tree(tree: object, mesh: Mesh) -> object:
+    """Put every array of a module onto `mesh` by its parameter name."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(x, parameter_sharding(leaf_name(path), x.shape, mesh)), tree)
+
+
+def leaf_name(path: Sequence[object]) -> str:
+    """Parameter name of a leaf: the last attribute of its key path that is not the variable's own `value`."""
+    names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
+    return next(name for name in reversed(names) if name in PARAMETER_AXES)

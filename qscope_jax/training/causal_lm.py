@@ -1,0 +1,157 @@
+"""Train a small causal language model from random weights: the recipe behind the embedded model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from qscope_jax.data.batches import BatchConfig, TokenBatch, TokenBatchIterator, pad_batch, token_batches
+from qscope_jax.models.config import ModelConfig
+from qscope_jax.models.decoder import Decoder
+from qscope_jax.training.checkpoint import StreamState
+from qscope_jax.training.losses import next_token_loss
+
+
+@dataclass(frozen=True)
+class CausalLMConfig:
+    """Sizes and rates of a run."""
+
+    batch_size: int = 32
+    """Rows a step."""
+    length: int = 128
+    """Tokens a row; documents are packed."""
+    steps: int = 2000
+    """Optimiser steps; the schedule ends here."""
+    learning_rate: float = 3e-3
+    """Peak rate of AdamW, after a linear warm-up and before a cosine decay to a tenth."""
+    warmup_steps: int = 100
+    """Steps of warm-up."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms are spared."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    seed: int = 0
+    """Of the weights and the order of documents."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CausalLMState:
+    """Parameters and optimiser state."""
+
+    decoder: Decoder
+    optimizer: Any
+
+
+class TokenStream:
+    """Token batches as the loop wants them: endless, with their place in the data."""
+
+    def __init__(self, batches: TokenBatchIterator):
+        """Wrap an endless batch iterator."""
+        self._batches = batches
+
+    def __next__(self) -> TokenBatch:
+        """The next batch."""
+        return next(self._batches)
+
+    def get_state(self) -> StreamState:
+        """Place in the data."""
+        return StreamState({}, self._batches.get_state())
+
+    def set_state(self, state: StreamState) -> None:
+        """Go to a place in the data."""
+        self._batches.set_state(dict(state.cursor))
+
+
+class CausalLM:
+    """Recipe: next-token cross-entropy, AdamW, packed documents."""
+
+    name = "causal LM"
+    unit = "tokens"
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: CausalLMConfig,
+        documents: Sequence[str],
+        tokenize: Callable[[str], Sequence[int]],
+        held_out: Sequence[str] = (),
+    ):
+        """Describe a run.
+
+        Args:
+            model: Shape of the decoder.
+            config: Sizes and rates.
+            documents: Training texts.
+            tokenize: Token ids of a text, with whatever ends a document.
+            held_out: Texts for evaluation.
+        """
+        self.model, self.config, self.documents, self.tokenize = model, config, documents, tokenize
+        self.held_out = [list(tokenize(text))[: config.length] for text in held_out]
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, min(config.warmup_steps, config.steps // 2), config.steps, end_value=0.1 * config.learning_rate
+        )
+        self.optimizer = optax.chain(
+            optax.clip_by_global_norm(config.clip),
+            optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=config.weight_decay, mask=_is_matrix),
+        )
+        self._step = jax.jit(partial(_step, self.optimizer), donate_argnums=0)
+
+    def init(self) -> CausalLMState:
+        """Random parameters from the seed."""
+        decoder = jax.jit(lambda key: Decoder(self.model, key))(jax.random.key(self.config.seed))
+        return CausalLMState(decoder, self.optimizer.init(decoder))  # pyright: ignore[reportArgumentType]
+
+    def stream(self) -> TokenStream:
+        """Packed batches, endless."""
+        config = BatchConfig(self.config.batch_size, self.config.length, seed=self.config.seed)
+        return TokenStream(token_batches(self.documents, self.tokenize, config))
+
+    def step(self, state: CausalLMState, batch: TokenBatch) -> tuple[CausalLMState, Mapping[str, Any]]:
+        """One step; metrics are the loss in nats a token and the gradient's norm."""
+        return self._step(state, batch.tokens_BT, batch.segment_ids_BT)
+
+    def units(self, batch: TokenBatch) -> int:
+        """Tokens of a batch."""
+        return int((batch.segment_ids_BT > 0).sum())
+
+    def evaluate(self, state: CausalLMState) -> Mapping[str, float]:
+        """Held-out cross-entropy in nats a token."""
+        if not self.held_out:
+            return {}
+        total = weight = 0.0
+        for start in range(0, len(self.held_out), self.config.batch_size):
+            batch = pad_batch(self.held_out[start : start + self.config.batch_size], length=self.config.length)
+            loss, count = _evaluate(state.decoder, batch.tokens_BT, batch.segment_ids_BT)
+            total, weight = total + float(loss), weight + float(count)
+        return {"held_out_loss": total / max(weight, 1.0)}
+
+
+def _loss(decoder: Decoder, tokens_BT: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    out = decoder(tokens_BT, segment_ids=segment_ids)
+    assert out.logits is not None
+    return next_token_loss(out.logits, tokens_BT, segment_ids)
+
+
+_evaluate = jax.jit(_loss)
+
+
+def _step(
+    optimizer: optax.GradientTransformation, state: CausalLMState, tokens_BT: Array, segment_ids: Array
+) -> tuple[CausalLMState, dict[str, Array]]:
+    (total, weight), gradient = jax.value_and_grad(_loss, has_aux=True)(state.decoder, tokens_BT, segment_ids)
+    gradient = jax.tree.map(lambda g: g / weight, gradient)
+    updates, opt_state = optimizer.update(gradient, state.optimizer, state.decoder)  # pyright: ignore[reportArgumentType]
+    decoder = optax.apply_updates(state.decoder, updates)  # pyright: ignore[reportArgumentType]
+    metrics = {"loss": total / weight, "gradient_norm": optax.tree.norm(gradient), "tokens": weight}
+    return CausalLMState(decoder, opt_state), metrics  # pyright: ignore[reportArgumentType]
+
+
+def _is_matrix(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.ndim(x) >= 2, tree)
