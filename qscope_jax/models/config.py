@@ -8,6 +8,8 @@ from qscope_jax.errors import ArchitectureError, ConfigError
 
 MIXERS = ("full_attention",)
 FEED_FORWARDS = ("dense",)
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "reference", "cudnn")
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,16 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model config: {name} is {getattr(self, name)}, expected a positive integer")
+        for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"model config: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
             raise ConfigError(f"model config: head_dim is {self.head_dim}; rotary positions need an even width")
         if self.period == 0:
             object.__setattr__(self, "period", _smallest_period(tuple(zip(self.mixers, self.feed_forwards, strict=True))))
-        if self.num_layers % self.period:
+        if self.period < 1 or self.num_layers % self.period:
             raise ConfigError(f"model config: a period of {self.period} layers does not divide {self.num_layers} layers")
 
     @property
@@ -97,7 +102,7 @@ class ModelConfig:
             return _READERS[family](config)
         except KeyError as error:
             raise ConfigError(f"config.json ({family}): required key {error} is missing") from error
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"config.json ({family}): {error}; the file does not look like a {family} config") from error
 
     def to_hf(self) -> dict[str, Any]:
@@ -109,10 +114,13 @@ def _read_qwen3(config: Mapping[str, Any]) -> ModelConfig:
     _refuse(config, "attention_bias", (False, None))
     _refuse(config, "hidden_act", ("silu", None))
     _refuse(config, "use_sliding_window", (False, None))
+    _refuse(config, "quantization_config", (None,))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ArchitectureError(f"config.json (qwen3): rotary scaling {rope!r} is not implemented, only plain rotary positions are")
     num_layers = int(config["num_hidden_layers"])
+    if (kinds := config.get("layer_types")) is not None and list(kinds) != ["full_attention"] * num_layers:
+        raise ArchitectureError(f"config.json (qwen3): layer_types={kinds!r}, expected {num_layers} times full_attention")
     heads = int(config["num_attention_heads"])
     eos = config.get("eos_token_id")
     return ModelConfig(
@@ -121,8 +129,9 @@ def _read_qwen3(config: Mapping[str, Any]) -> ModelConfig:
         d_model=int(config["hidden_size"]),
         d_ff=int(config["intermediate_size"]),
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+        # The defaults are those of transformers, where an absent key is not the same as a null one.
+        num_kv_heads=int(config.get("num_key_value_heads", 32) or heads),
+        head_dim=int(config.get("head_dim", 128) or int(config["hidden_size"]) // heads),
         mixers=("full_attention",) * num_layers,
         feed_forwards=("dense",) * num_layers,
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1e4))),

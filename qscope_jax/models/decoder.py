@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qscope_jax.errors import InputError
 from qscope_jax.models.attention import Attention, SequenceContext, causal_mask
 from qscope_jax.models.cache import Cache
 from qscope_jax.models.config import ModelConfig
@@ -98,10 +99,15 @@ class Decoder(nnx.Module):
                 Values, not shape, choose the layers: changing them compiles nothing.
             stop_after: Layer above which nothing is computed (and no logits). Static: each value compiles once.
             logits: `last` scores only the last position.
+
+        Raises:
+            InputError: `stop_after` is not a layer.
         """
+        if stop_after is not None and not 0 <= stop_after < self.config.num_layers:
+            raise InputError(f"stop_after={stop_after} is out of range; the decoder has layers 0 to {self.config.num_layers - 1}")
         segment_ids = jnp.ones_like(tokens_BT) if segment_ids is None else segment_ids
         context, edit_context, cache = self._prepare(segment_ids, positions, cache, bool(edits))
-        x_BTD = self.embedding[...][tokens_BT]
+        x_BTD = self.embedding[...][tokens_BT].astype(self.config.dtype)
         buffer = None if taps is None else jnp.zeros((taps.shape[0] + 1, *x_BTD.shape), x_BTD.dtype)
         rows_L = None if taps is None else _tap_rows(taps, self.config.num_layers)
         run = _Run(self.config, context, edit_context, tuple(edits), rows_L)

@@ -1,12 +1,14 @@
 """Interventions on the residual stream: where they act, and the two that need nothing but a direction.
 
 An edit is a pytree whose layer, direction, strength, positions and phase are arrays, so that changing any of them compiles nothing
-new. Edits that read an SAE live in `qscope_jax.features.edits`.
+new. Edits that read an SAE live in `qscope_jax.sae.edits`.
 """
 
-from collections.abc import Sequence
+import operator
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from qscope_jax.errors import InputError
 PHASES = ("prefill", "decode", "both")
 MAX_RANGES = 8
 _END = np.iinfo(np.int32).max
+_EMPTY = (1, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +41,7 @@ class EditContext:
     decoding: Bool[Array, ""]
 
 
+@runtime_checkable
 class Edit(Protocol):
     """An intervention applied to the residual stream right after a layer."""
 
@@ -56,7 +60,8 @@ class Where:
     """Positions and phases at which an edit acts.
 
     Attributes:
-        ranges: Half-open ranges of positions, unused rows empty; negative ends count from the end of the prompt.
+        ranges: First and last position of each range, both included; negative ones count from the end of the prompt, of which -1 is
+            the last token. Unused rows are empty.
         phases: Whether the edit acts while the prompt is read, and while tokens are generated.
     """
 
@@ -65,11 +70,11 @@ class Where:
 
     def mask(self, context: EditContext) -> Bool[Array, "B T"]:
         """True at the tokens of a call where the edit acts."""
-        start, stop = self.ranges[:, 0], self.ranges[:, 1]
+        first, last = self.ranges[:, 0], self.ranges[:, 1]
         position, length = context.positions_BT[..., None], context.lengths_BT[..., None]
-        start = jnp.where(start < 0, start + length, start)
-        stop = jnp.where(stop < 0, stop + length, stop)
-        inside = jnp.any((position >= start) & (position < stop), axis=-1)
+        first = jnp.where(first < 0, first + length, first)
+        last = jnp.where(last < 0, last + length, last)
+        inside = jnp.any((position >= first) & (position <= last), axis=-1)
         phase = jnp.where(context.decoding, self.phases[1], self.phases[0])
         return inside & context.valid_BT & phase
 
@@ -78,9 +83,9 @@ def where(positions: str | int | Sequence[int] | slice = "all", phase: str = "bo
     """Say where an edit acts.
 
     Args:
-        positions: `all`; one position; a sequence of positions; a `slice`; or text such as `5`, `3-7` (both ends included) or
-            `0,3-7`. Negative positions count from the end of the prompt; -1 is its last token. Generated tokens continue the
-            prompt's numbering.
+        positions: `all`; one position; a sequence of positions; a `slice`; or text such as `5`, `3-7` (both ends included), `-4--1`
+            or `0,3-7`. Negative positions count from the end of the prompt; -1 is its last token. Generated tokens continue the
+            prompt's numbering; `all` and a slice without an end include them.
         phase: `prefill` (while the prompt is read), `decode` (while tokens are generated) or `both`.
 
     Raises:
@@ -91,7 +96,9 @@ def where(positions: str | int | Sequence[int] | slice = "all", phase: str = "bo
     ranges = _merge(_ranges(positions))
     if len(ranges) > MAX_RANGES:
         raise InputError(f"positions {positions!r} make {len(ranges)} separate ranges, at most {MAX_RANGES} are possible")
-    table = np.zeros((MAX_RANGES, 2), np.int32)
+    if any(abs(end) > _END for ends in ranges for end in ends):
+        raise InputError(f"positions {positions!r} are out of range; no prompt is that long")
+    table = np.full((MAX_RANGES, 2), _EMPTY, np.int32)
     table[: len(ranges)] = ranges
     return Where(jnp.asarray(table), jnp.asarray([phase != "decode", phase != "prefill"]))
 
@@ -167,38 +174,52 @@ def apply_edits(x_BTD: Array, edits: tuple[Edit, ...], layer: Int[Array, ""], co
 
 
 def _ranges(positions: str | int | Sequence[int] | slice) -> list[tuple[int, int]]:
+    """First and last position of every range that the user wrote."""
     if isinstance(positions, slice):
         if positions.step not in (None, 1):
             raise InputError(f"positions {positions!r}: a step is not possible")
-        return [(positions.start or 0, _END if positions.stop is None else positions.stop)]
-    if isinstance(positions, int):
-        return [_single(positions)]
-    if not isinstance(positions, str):
-        return [_single(int(position)) for position in positions]
-    if positions.strip() == "all":
+        last = _END if positions.stop is None else positions.stop - 1
+        return [(positions.start or 0, last) if positions.stop != 0 else _EMPTY]
+    if isinstance(positions, str):
+        return _read_ranges(positions)
+    try:
+        listed = [operator.index(position) for position in positions] if isinstance(positions, Iterable) else [operator.index(positions)]
+    except TypeError:
+        raise InputError(f"positions {positions!r} are not whole numbers; give all, 5, -1, 3-7, 0,3-7, a list or a slice") from None
+    if not listed:
+        raise InputError("the list of positions is empty; give at least one, or 'all'")
+    return [(position, position) for position in listed]
+
+
+def _read_ranges(text: str) -> list[tuple[int, int]]:
+    if text.strip() == "all":
         return [(0, _END)]
     ranges = []
-    for part in positions.replace(" ", "").split(","):
-        first, dash, last = part.partition("-") if not part.startswith("-") else (part, "", "")
-        try:
-            ranges.append((int(first), _single(int(last))[1]) if dash else _single(int(first)))
-        except ValueError:
-            raise InputError(f"positions {positions!r}: cannot read '{part}'; write all, 5, -1, 3-7 or 0,3-7") from None
-        if dash and ranges[-1][1] <= ranges[-1][0]:
-            raise InputError(f"positions {positions!r}: the range '{part}' is empty")
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", part, re.ASCII)
+        if not match:
+            raise InputError(f"positions {text!r}: cannot read '{part}'; write all, 5, -1, 3-7, -4--1 or 0,3-7")
+        first = int(match[1])
+        last = first if match[2] is None else int(match[2])
+        if (first < 0) == (last < 0) and last < first:
+            raise InputError(f"positions {text!r}: the range '{part}' is empty")
+        ranges.append((first, last))
     return ranges
 
 
-def _single(position: int) -> tuple[int, int]:
-    return position, _END if position == -1 else position + 1
-
-
 def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join neighbouring ranges of positions counted from the same end, so that a long list of positions takes few rows."""
+    """Join neighbouring ranges, so that a long list of positions takes few rows.
+
+    Only ranges with both ends counted from the same end of the prompt can be compared.
+    """
     merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges, key=lambda r: (r[0] < 0, r)):
-        if merged and (merged[-1][0] < 0) == (start < 0) and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+    for first, last in sorted(ranges, key=lambda r: (r[0] < 0, r[1] < 0, r)):
+        if merged and _counted_alike((first, last), merged[-1]) and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
         else:
-            merged.append((start, stop))
+            merged.append((first, last))
     return merged
+
+
+def _counted_alike(*ranges: tuple[int, int]) -> bool:
+    return len({end < 0 for ends in ranges for end in ends}) == 1

@@ -16,13 +16,13 @@ from qscope_jax.data.batches import TokenBatch, pad_batch
 from qscope_jax.data.buckets import bucket_length
 from qscope_jax.data.hub import Source, open_source
 from qscope_jax.errors import InputError, SourceError
-from qscope_jax.models.config import ModelConfig
+from qscope_jax.models.config import DTYPES, ModelConfig
 from qscope_jax.models.decoder import Decoder, DecoderOutput
 from qscope_jax.models.edits import Edit
 from qscope_jax.models.generation import GenerationState, decode, prefill
 from qscope_jax.models.sampling import Sampler, SamplingConfig
 from qscope_jax.models.weights import load_decoder, read_config, save_decoder
-from qscope_jax.parallel.mesh import make_mesh
+from qscope_jax.parallel.mesh import adopt_mesh, make_mesh
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class LanguageModel:
             config = replace(config or SamplingConfig(), **settings)
         except TypeError as error:
             raise InputError(f"unknown generation setting ({error}); known are the fields of SamplingConfig") from error
-        texts = [self._chat(prompt) for prompt in prompts] if chat else prompts
+        texts = [self._chat(prompt) for prompt in prompts] if chat and not isinstance(prompts, str) else prompts
         batch = self.batch(texts, side="left")
         room = bucket_length(config.max_new_tokens)
         longest = int((batch.segment_ids_BT > 0).sum(axis=1).max())
@@ -203,7 +203,8 @@ class LanguageModel:
                         break
         stopped = np.asarray(state.done_B)
         return [
-            Completion(prompt, self._decode(ids, stop), tuple(ids), bool(stop)) for prompt, ids, stop in zip(prompts, _rows(state), stopped, strict=True)
+            Completion(prompt, self._decode(ids, stop), tuple(ids), bool(stop))
+            for prompt, ids, stop in zip(prompts, _rows(state), stopped, strict=True)
         ]
 
     def save(self, path: str | Path) -> None:
@@ -232,7 +233,7 @@ def load_model(
 
     Args:
         source: Folder or `owner/name`.
-        dtype: `float32`, `bfloat16`, ...; default the checkpoint's own.
+        dtype: `float32`, `bfloat16` or `float16`; default the checkpoint's own, tensor by tensor.
         mesh: A mesh, or its description such as `data=2,tensor=4`; default one device.
         revision: Branch, tag or commit on the hub.
         scan: Scan over layers (compile time independent of depth). Default: on accelerators yes, on a CPU no, where a scan would copy
@@ -244,15 +245,13 @@ def load_model(
     where = open_source(source, revision)
     config = read_config(where)
     if dtype is not None:
-        try:
-            jnp.dtype(dtype)
-        except TypeError:
-            raise InputError(f"dtype {dtype!r} is unknown; expected float32, bfloat16 or float16") from None
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype!r} is not one that a model can have; expected {', '.join(DTYPES)}")
         config = replace(config, dtype=dtype)
     if scan is False or (scan is None and jax.default_backend() == "cpu"):
         config = config.unrolled()
-    mesh = make_mesh(mesh or "") if not isinstance(mesh, Mesh) else mesh
-    return LanguageModel(load_decoder(where, config, mesh), where, mesh)
+    mesh = adopt_mesh(mesh) if isinstance(mesh, Mesh) else make_mesh(mesh or "")
+    return LanguageModel(load_decoder(where, config, mesh, keep_dtypes=dtype is None), where, mesh)
 
 
 def _rows(state: GenerationState) -> list[list[int]]:

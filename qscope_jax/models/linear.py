@@ -14,9 +14,12 @@ def precision_for(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def linear(x: Float[Array, "*B I"], w_OI: Float[Array, "O I"]) -> Float[Array, "*B O"]:
-    """`x @ w.T` with the weight as Hugging Face stores it, [out, in]: loading is a plain copy and no transpose is ever made."""
+    """`x @ w.T` with the weight as Hugging Face stores it, [out, in]: loading is a plain copy and no transpose is ever made.
+
+    A weight that the checkpoint keeps in another dtype than the activations is cast to theirs.
+    """
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, w_OI, contract, precision=precision_for(x.dtype))
+    return jax.lax.dot_general(x, w_OI.astype(x.dtype), contract, precision=precision_for(x.dtype))
 
 
 def rms_norm(x: Float[Array, "*B D"], w_D: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:

@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021), in the half-split layout of the Hugging Face checkpoints."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -11,7 +12,8 @@ def rotary_tables(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) 
     is two products and one rotation of the channels.
     """
     half = head_dim // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # By the host, in double precision: an error in a frequency is multiplied by the position, and accelerators' powers are approximate.
+    frequencies = jnp.asarray(theta ** (-np.arange(half) / half), jnp.float32)
     angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)

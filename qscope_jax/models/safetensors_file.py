@@ -5,11 +5,15 @@ Reading ranges straight into their final buffers, and writing tensors one after 
 format: eight bytes of header length, a JSON header with dtype, shape and byte offsets, then the data.
 """
 
+import io
 import json
+import math
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -49,7 +53,7 @@ class TensorEntry:
 
         Raises:
             SourceError: the file ends early or cannot be read.
-            ShapeError: NaN or infinity among the values.
+            ShapeError: NaN or infinity among the values, or a value too large for the dtype of `out`.
         """
         row = int(np.prod(self.shape[1:], dtype=np.int64)) if self.shape else 1
         flat = out.reshape(-1)
@@ -63,14 +67,21 @@ class TensorEntry:
                     block = flat[begin:end] if staging is None else staging[: end - begin]
                     self._fill(file, block)
                     if staging is not None:
-                        flat[begin:end] = block.astype(out.dtype)
+                        flat[begin:end] = self._cast(block, out.dtype)
         except OSError as error:
             raise SourceError(f"{self.file}: cannot be read ({error.strerror})") from error
 
-    def _fill(self, file: object, block: np.ndarray) -> None:
+    def _cast(self, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            cast = block.astype(dtype)
+        if not _finite(cast):
+            raise ShapeError(f"{self.file}: tensor {self.name} holds values too large for {dtype.name}; load it as {self.dtype.name}, its own dtype")
+        return cast
+
+    def _fill(self, file: io.RawIOBase, block: np.ndarray) -> None:
         view = memoryview(block.view(np.uint8)).cast("B")
         while view:
-            count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]
+            count = file.readinto(view)
             if not count:
                 raise SourceError(f"{self.file}: ends inside tensor {self.name}; the file is truncated, download it again")
             view = view[count:]
@@ -91,9 +102,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise SourceError(f"{path}: {size} bytes cannot hold a safetensors header of {length}; the file is truncated or of another kind")
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: its header is not safetensors JSON; the file is damaged or of another kind") from error
     entries = {}
     for name, value in header.items():
@@ -124,18 +137,19 @@ def write_file(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtyp
         for array in data:
             file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
         if file.tell() != 8 + len(text) + offset:
-            raise SourceError(f"{path}: wrote {file.tell()} bytes, expected {8 + len(text) + offset}")
+            raise ValueError(f"{path}: wrote {file.tell()} bytes, expected {8 + len(text) + offset}")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _entry(path: Path, name: str, value: object, base: int, size: int) -> TensorEntry:
+def _entry(path: Path, name: str, value: Any, base: int, size: int) -> TensorEntry:
     try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]  # type: ignore[index]
-        count = int(np.prod(shape, dtype=np.int64))
+        dtype, shape, (begin, end) = value["dtype"], tuple(map(operator.index, value["shape"])), map(operator.index, value["data_offsets"])
+        count = math.prod(shape)
+        known = dtype in _DTYPES
     except (TypeError, KeyError, ValueError) as error:
-        raise SourceError(f"{path}: the header entry of {name} is malformed") from error
-    if dtype not in _DTYPES:
+        raise SourceError(f"{path}: the header entry of {name} is malformed; the file is damaged, download it again") from error
+    if not known:
         raise SourceError(f"{path}: tensor {name} has dtype {dtype}; readable are {', '.join(_DTYPES)}")
     if min(shape, default=0) < 0 or end - begin != count * _DTYPES[dtype].itemsize or begin < 0:
         raise SourceError(f"{path}: tensor {name} declares shape {shape} but {end - begin} bytes; the header is damaged")

@@ -39,6 +39,7 @@ class SamplingConfig:
             (self.top_k < 0, "top_k", "0 or a positive integer"),
             (not 0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
             (not 0 < self.repetition_penalty < float("inf"), "repetition_penalty", "a positive number"),
+            (not 0 <= self.seed < 2**32, "seed", "0 to 4294967295"),
             (len(self.stop_token_ids or ()) > MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} tokens"),
         ]
         for wrong, name, expected in bad:
@@ -60,8 +61,14 @@ class Sampler:
 
     @classmethod
     def make(cls, config: SamplingConfig, default_stops: tuple[int, ...], batch: int) -> "Sampler":
-        """Arrays for `batch` rows; `default_stops` are the model's own stop tokens."""
+        """Arrays for `batch` rows; `default_stops` are the model's own stop tokens.
+
+        Raises:
+            InputError: the model has more stop tokens than there is room for.
+        """
         stops = default_stops if config.stop_token_ids is None else config.stop_token_ids
+        if len(stops) > MAX_STOP_TOKENS:
+            raise InputError(f"the model has {len(stops)} stop tokens; choose at most {MAX_STOP_TOKENS} with stop_token_ids")
         table = np.full(MAX_STOP_TOKENS, -1, np.int32)
         table[: len(stops)] = stops
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), jnp.arange(batch, dtype=jnp.int32))

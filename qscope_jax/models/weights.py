@@ -3,10 +3,12 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -47,8 +49,15 @@ def read_config(source: Source) -> ModelConfig:
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
 
 
-def load_decoder(source: Source, config: ModelConfig, mesh: Mesh) -> Decoder:
-    """Read a checkpoint's weights straight onto the mesh, each device's slices by themselves, cast to `config.dtype`.
+def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: bool = False) -> Decoder:
+    """Read a checkpoint's weights straight onto the mesh, each device's slices by themselves.
+
+    Args:
+        source: Hugging Face folder or repository.
+        config: Its config, as `read_config` gives it.
+        mesh: Where the weights go.
+        keep_dtypes: Keep every tensor's own dtype, so that saving writes it back bit for bit, instead of casting to `config.dtype`.
+            (Layers stacked in one array share the widest of theirs.) Activations have `config.dtype` in either case.
 
     Raises:
         SourceError: a shard or tensor is missing, truncated or unreadable.
@@ -63,20 +72,22 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh) -> Decoder:
     plan = [_hf_names(path, leaf.shape, config) for path, leaf in leaves]
     expected = {name for names in plan for name in names}
     if missing := sorted(expected - set(entries)):
-        raise SourceError(f"{source.name}: {len(missing)} tensors are missing, first {missing[0]}; a shard is absent or config.json is of another model")
+        raise SourceError(f"{source.name}: {len(missing)} tensors are missing, first {missing[0]}; a file is absent or config.json of another model")
     if extra := sorted(set(entries) - expected):
-        raise ArchitectureError(f"{source.name}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; not ignored silently")
+        raise ArchitectureError(f"{source.name}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; none is ignored")
     for (_, leaf), names in zip(leaves, plan, strict=True):
-        shape = leaf.shape if len(names) == 1 and len(leaf.shape) == len(entries[names[0]].shape) else leaf.shape[1:]
         for name in names:
-            if entries[name].shape != shape:
+            if entries[name].shape != (shape := _tensor_shape(name, leaf)):
                 raise ShapeError(f"{source.name}: tensor {name} has shape {entries[name].shape}, config.json demands {shape}")
+            if not jnp.issubdtype(entries[name].dtype, jnp.floating):
+                raise ArchitectureError(f"{source.name}: tensor {name} is of {entries[name].dtype}; quantised weights are not implemented")
 
     def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], list[str]]) -> jax.Array:
         (path, leaf), names = item
         sharding = parameter_sharding(_parameter(path)[-1], leaf.shape, mesh)
         parts = [entries[name] for name in names]
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _read(parts, leaf, index))
+        dtype = reduce(jnp.promote_types, [part.dtype for part in parts]) if keep_dtypes else np.dtype(leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _read(parts, leaf.shape, dtype, index))
 
     with ThreadPoolExecutor(4) as pool:
         arrays = list(pool.map(make, zip(leaves, plan, strict=True)))
@@ -87,7 +98,12 @@ def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = No
     """Write a Hugging Face folder: sharded safetensors, index, config, and the tokenizer files of `carry_from`.
 
     The folder appears whole or not at all; one tensor is in host memory at a time.
+
+    Raises:
+        SourceError: `path` is a folder of something else, which would be lost, or cannot be written to.
     """
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise SourceError(f"{path}: is a folder that holds something else than a model; choose a new or empty one")
     config = decoder.config
     leaves, _ = jax.tree_util.tree_flatten_with_path(decoder)
     tensors = [(name, leaf, repeat) for key, leaf in leaves for repeat, name in enumerate(_hf_names(key, leaf.shape, config))]
@@ -116,13 +132,14 @@ def _entries(source: Source) -> dict[str, TensorEntry]:
             raise SourceError(f"{source.name}: neither {_INDEX} nor {_SINGLE}; expected a Hugging Face folder with safetensors weights")
         return read_header(source.path(_SINGLE))
     weight_map = read_json(source.path(_INDEX)).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise SourceError(f"{source.name}: {_INDEX} has no weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise SourceError(f"{source.name}: {_INDEX} has no weight_map of tensor names to file names; download it again")
     entries: dict[str, TensorEntry] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(str(file)).name != file:
+        if Path(file).name != file:
             raise SourceError(f"{source.name}: {_INDEX} names the file {file!r} outside its own folder")
-        entries |= read_header(source.path(file))
+        # A tensor that lies in two files is read from the one that the index names.
+        entries |= {name: entry for name, entry in read_header(source.path(file)).items() if weight_map.get(name, file) == file}
     if lost := sorted(set(weight_map) - set(entries)):
         raise SourceError(f"{source.name}: {_INDEX} promises tensor {lost[0]}, which is in none of the files")
     return entries
@@ -142,18 +159,18 @@ def _hf_names(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig
     return [pattern.format(repeat * config.period + place) for repeat in range(shape[0])]
 
 
-def _read(parts: list[TensorEntry], leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
+def _read(parts: list[TensorEntry], shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """One device's slice of a leaf; `parts` has one tensor for each repeat when the leaf is stacked."""
-    bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
-    stacked = len(leaf.shape) > len(parts[0].shape)
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    stacked = len(shape) > len(parts[0].shape)
     rows = bounds[1:] if stacked else bounds
     whole_columns = all((start, stop) == (0, size) for (start, stop), size in zip(rows[1:], parts[0].shape[1:], strict=True))
-    out = _aligned_empty(tuple(stop - start for start, stop in bounds), np.dtype(leaf.dtype))
+    out = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
     for target, part in zip(out if stacked else [out], parts[slice(*bounds[0])] if stacked else parts, strict=True):
         if whole_columns:
             part.read_rows(target, rows[0][0])
         else:
-            block = np.empty((rows[0][1] - rows[0][0], *part.shape[1:]), out.dtype)
+            block = np.empty((rows[0][1] - rows[0][0], *part.shape[1:]), dtype)
             part.read_rows(block, rows[0][0])
             target[...] = block[(slice(None), *(slice(*bound) for bound in rows[1:]))]
     return out

@@ -21,8 +21,12 @@ def make_mesh(spec: str = "", devices: list[jax.Device] | None = None) -> Mesh:
         ConfigError: an unknown axis, a size that is no integer, or a product that does not fit the devices.
     """
     sizes = dict.fromkeys(AXES, 1)
+    named: set[str] = set()
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, _, size = part.partition("=")
+        if name in named:
+            raise ConfigError(f"mesh '{spec}': names the axis '{name}' twice")
+        named.add(name)
         if name not in sizes:
             raise ConfigError(f"mesh '{spec}': unknown axis '{name}', expected some of {', '.join(AXES)}")
         try:
@@ -40,4 +44,19 @@ def make_mesh(spec: str = "", devices: list[jax.Device] | None = None) -> Mesh:
     if count > len(available) or (free and count != len(available)):
         raise ConfigError(f"mesh '{spec}': needs {count} devices in a product that divides the {len(available)} there are")
     grid = np.asarray(available[:count]).reshape(tuple(sizes.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def adopt_mesh(mesh: Mesh) -> Mesh:
+    """A user's mesh as one of ours: its devices and sizes, the axes it lacks of size 1, all of kind Auto.
+
+    `jax.make_mesh` gives Explicit axes, whose arrays cannot meet those of an Auto mesh in one program.
+
+    Raises:
+        ConfigError: it has an axis that is not one of ours.
+    """
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise ConfigError(f"the mesh has an axis '{unknown[0]}', expected some of {', '.join(AXES)}")
+    order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
+    grid = mesh.devices.transpose(order).reshape([mesh.shape.get(name, 1) for name in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

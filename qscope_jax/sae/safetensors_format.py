@@ -100,16 +100,10 @@ def write_folder(path: str | os.PathLike[str], layers: Mapping[int, SAEArrays]) 
     metadata: dict[str, dict[str, Any]] = {}
     with atomic_path(path, directory=True) as folder:
         for layer in indices:
-            arrays = layers[layer]
-            arrays.validate(f"{where}: layer {layer}")
-            found = {key: getattr(arrays, key) for key in _SHARED}
+            found, metadata[str(layer)] = _write_layer(folder / f"layer{layer}.safetensors", layers[layer], f"{where}: layer {layer}")
             shared = shared or found
             if found != shared:
                 raise InputError(f"{where}: layer {layer} has {found}, layer {indices[0]} has {shared}; write them to separate folders")
-            for name, array in arrays.tensors().items():
-                check_floating(name, array, f"{where}: layer {layer}")
-            _write_tensors(folder / f"layer{layer}.safetensors", arrays, where)
-            metadata[str(layer)] = arrays.metadata
         write_json(folder / CONFIG_FILE, {"format": FORMAT, "version": VERSION, **shared, "layers": indices, "metadata": metadata})
 
 
@@ -133,11 +127,16 @@ def _read_config(source: Source) -> dict[str, Any]:
     return {**config, "layers": sorted(layers)}
 
 
-def _write_tensors(path: Path, arrays: SAEArrays, where: str) -> None:
+def _write_layer(path: Path, arrays: SAEArrays, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Check and write the tensors of one layer; returns what it must share with the others, and its metadata."""
+    arrays.validate(where)
+    for name, array in arrays.tensors().items():
+        check_floating(name, array, where)
     try:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.tensors().items()}, path)
     except SafetensorError as error:
-        raise SourceError(f"{where}: {path.name} cannot be written ({error}); nothing was changed there") from error
+        raise SourceError(f"{where}: cannot be written ({error}); nothing was changed there") from error
+    return {key: getattr(arrays, key) for key in _SHARED}, arrays.metadata
 
 
 def _mapped_tensors(path: Path) -> dict[str, np.ndarray]:

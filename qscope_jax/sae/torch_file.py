@@ -75,13 +75,11 @@ def write_torch_file(path: str | os.PathLike[str], tensors: Mapping[str, np.ndar
         tensors: Name -> array of one of the element types in `torch_pickle.STORAGES`.
 
     Raises:
-        InputError: a name is not a string, or an element type is not one of those.
+        InputError: an element type is not one of those.
         SourceError: the file cannot be written.
     """
     records = {}
     for index, (name, array) in enumerate(tensors.items()):
-        if not isinstance(name, str):
-            raise InputError(f"{path}: tensor name {name!r} is not a string")
         dtype = array.dtype.newbyteorder("<")
         if dtype not in STORAGES.values():
             known = ", ".join(known.name for known in STORAGES.values())

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from qscope_jax.data.batches import BatchConfig, TokenBatch, TokenBatchIterator, pad_batch, token_batches
+from qscope_jax.data.batches import BatchConfig, TokenBatch, pad_batch
 from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.decoder import Decoder
-from qscope_jax.training.checkpoint import StreamState
-from qscope_jax.training.losses import next_token_loss
+from qscope_jax.training.tokens import TokenStream
+from qscope_jax.models.scoring import next_token_loss
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,6 @@ class CausalLMState:
 
     decoder: Decoder
     optimizer: Any
-
-
-class TokenStream:
-    """Token batches as the loop wants them: endless, with their place in the data."""
-
-    def __init__(self, batches: TokenBatchIterator):
-        """Wrap an endless batch iterator."""
-        self._batches = batches
-
-    def __next__(self) -> TokenBatch:
-        """The next batch."""
-        return next(self._batches)
-
-    def get_state(self) -> StreamState:
-        """Place in the data."""
-        return StreamState({}, self._batches.get_state())
-
-    def set_state(self, state: StreamState) -> None:
-        """Go to a place in the data."""
-        self._batches.set_state(dict(state.cursor))
 
 
 class CausalLM:
@@ -111,7 +91,7 @@ class CausalLM:
     def stream(self) -> TokenStream:
         """Packed batches, endless."""
         config = BatchConfig(self.config.batch_size, self.config.length, seed=self.config.seed)
-        return TokenStream(token_batches(self.documents, self.tokenize, config))
+        return TokenStream(self.documents, self.tokenize, config)
 
     def step(self, state: CausalLMState, batch: TokenBatch) -> tuple[CausalLMState, Mapping[str, Any]]:
         """One step; metrics are the loss in nats a token and the gradient's norm."""

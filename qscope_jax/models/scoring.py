@@ -1,4 +1,4 @@
-"""Losses as (sum, weight): divided once, globally, so that micro-batching and sharding never change a gradient."""
+"""How well logits predict tokens, as (sum, weight): divided once, globally, so that micro-batching and sharding change nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +26,12 @@ def token_losses(
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.where(mask, losses, jnp.float32(0)), mask
+
+
+def token_divergences(
+    logits_BTV: Float[Array, "B T V"], reference_BTV: Float[Array, "B T V"], segment_ids: Int[Array, "B T"]
+) -> Float[Array, "B T-1"]:
+    """KL(reference || logits) of the predictions that `token_losses` scores, in nats; 0 where none is scored."""
+    p, q = jax.nn.log_softmax(reference_BTV[:, :-1], axis=-1), jax.nn.log_softmax(logits_BTV[:, :-1], axis=-1)
+    mask = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
+    return jnp.where(mask, jnp.sum(jnp.exp(p) * (p - q), axis=-1), jnp.float32(0))

@@ -1,0 +1,127 @@
+"""The sparse autoencoder: residual stream to sparse code and back."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qscope_jax.models.linear import linear
+from qscope_jax.sae.sparse import select_pre_activations, sparse_decode
+from qscope_jax.sae.topk import top_k
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SparseCode:
+    """Active features of N tokens.
+
+    Attributes:
+        values: Activations, descending in each row, never negative; a 0 is an empty slot (fewer than K features were active).
+        indices: The features they belong to; void where the value is 0.
+    """
+
+    values: Float[Array, "N K"]
+    indices: Int[Array, "N K"]
+
+
+class SparseAutoencoder(nnx.Module):
+    """Encoder, decoder and biases; row f of `W_dec` is the direction of feature f.
+
+        z    = W_enc (x - [apply_b_dec_to_input] b_dec) + b_enc
+        a    = topk_K(relu(z))             topk: the K largest, ties to the lower index
+             | relu(z) * 1[z > threshold]  jumprelu, and batch_topk at inference; the K largest of those that pass
+        xhat = a W_dec + b_dec
+
+    Computed in float32 whatever the stream's dtype: rounding changes which features win.
+    """
+
+    def __init__(
+        self,
+        W_enc: Float[Array, "F D"],
+        W_dec: Float[Array, "F D"],
+        b_enc: Float[Array, " F"],
+        b_dec: Float[Array, " D"],
+        *,
+        k: int,
+        activation: str = "topk",
+        apply_b_dec_to_input: bool = False,
+        threshold: Float[Array, " F"] | None = None,
+    ):
+        """Hold the arrays.
+
+        Args:
+            W_enc: Encoder vectors.
+            W_dec: Feature directions.
+            b_enc: Encoder bias.
+            b_dec: Decoder bias, added to every reconstruction.
+            k: Slots of a code; for `topk` the number of active features.
+            activation: `topk`, `batch_topk` or `jumprelu`.
+            apply_b_dec_to_input: Whether the encoder sees x - b_dec.
+            threshold: For `batch_topk` and `jumprelu`; strict.
+        """
+        self.W_enc, self.W_dec = nnx.Param(W_enc), nnx.Param(W_dec)
+        self.b_enc, self.b_dec = nnx.Param(b_enc), nnx.Param(b_dec)
+        if threshold is not None:
+            self.threshold = nnx.Param(threshold)
+        self.k, self.activation, self.apply_b_dec_to_input = k, activation, apply_b_dec_to_input
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return self.W_enc.shape[-2]
+
+    @property
+    def d_model(self) -> int:
+        """D."""
+        return self.W_enc.shape[-1]
+
+    def pre_activations(self, x_ND: Float[Array, "N D"], features: Int[Array, " W"] | None = None) -> Float[Array, "N W"]:
+        """z for all features, or for some: then only their rows of the encoder are read."""
+        W, b = self.W_enc[...], self.b_enc[...]
+        if features is not None:
+            W, b = W[features], b[features]
+        return linear(self._centred(x_ND), W.astype(jnp.float32)) + b.astype(jnp.float32)
+
+    def encode(self, x_ND: Float[Array, "N D"]) -> SparseCode:
+        """The sparse code of every token; its gradient reaches the encoder rows of active features, and only those."""
+        x = self._centred(x_ND)
+        W, b = self.W_enc[...].astype(jnp.float32), self.b_enc[...].astype(jnp.float32)
+        z_NF = jax.lax.stop_gradient(linear(x, W) + b)
+        return self.select(z_NF, x, self.k)
+
+    def select(self, z_NF: Float[Array, "N F"], x_ND: Float[Array, "N D"], k: int) -> SparseCode:
+        """The code with k slots from pre-activations computed elsewhere.
+
+        Args:
+            z_NF: Pre-activations without gradient; -inf keeps a feature out.
+            x_ND: What the encoder saw; the gradient goes through it and the encoder.
+            k: Slots.
+        """
+        if self.activation != "topk":
+            z_NF = jnp.where(z_NF > self.threshold[...].astype(jnp.float32), z_NF, -jnp.inf)
+        return self.at(z_NF, top_k(z_NF, k)[1], x_ND)
+
+    def at(self, z_NF: Float[Array, "N F"], indices_NK: Int[Array, "N K"], x_ND: Float[Array, "N D"]) -> SparseCode:
+        """The code at features already selected; arguments as for `select`."""
+        values_NK = select_pre_activations(z_NF, indices_NK, x_ND, self.W_enc[...].astype(jnp.float32), self.b_enc[...].astype(jnp.float32))
+        return SparseCode(jnp.where(values_NK > 0, values_NK, jnp.float32(0)), indices_NK)
+
+    def decode(self, code: SparseCode) -> Float[Array, "N D"]:
+        """The reconstruction of every token, in float32."""
+        return sparse_decode(code.values, code.indices, self.W_dec[...].astype(jnp.float32)) + self.b_dec[...].astype(jnp.float32)
+
+    def direction(self, feature: int | Int[Array, ""]) -> Float[Array, " D"]:
+        """The direction of a feature, as stored, not normalised."""
+        return self.W_dec[...][feature].astype(jnp.float32)
+
+    def _centred(self, x_ND: Array) -> Array:
+        x = x_ND.astype(jnp.float32)
+        return x - self.b_dec[...].astype(jnp.float32) if self.apply_b_dec_to_input else x
+
+
+def densify(code: SparseCode, num_features: int) -> Float[Array, "N F"]:
+    """The code as a dense array, for tests, plots and small dictionaries."""
+    rows = jnp.arange(code.values.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.zeros((code.values.shape[0], num_features), code.values.dtype).at[rows, code.indices].add(code.values)

@@ -1,0 +1,190 @@
+"""Residual streams as training data: made on the fly by the model, filtered, mixed in a buffer on the device, served in batches.
+
+One model pass feeds the SAEs of all tapped layers, and one permutation mixes them, so that each sees what it would see alone.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from qscope_jax.data.batches import TokenBatch
+from qscope_jax.errors import ConfigError, InputError, ShapeError
+from qscope_jax.models.decoder import Decoder
+from qscope_jax.models.language_model import forward
+from qscope_jax.sae.filtering import MAX_NORM_MULTIPLE, ordinary_tokens
+from qscope_jax.training.checkpoint import StreamState
+from qscope_jax.training.tokens import TokenStream
+
+_EMPTY_BATCHES = 50
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """How activations are filtered, mixed and served."""
+
+    layers: tuple[int, ...]
+    """Tapped layers, 0-based."""
+    batch_tokens: int = 2048
+    """Tokens of a training batch."""
+    buffer_batches: int = 16
+    """Batches that the buffer holds: neighbouring tokens resemble each other, so it should hold many documents."""
+    mix: float = 0.5
+    """Share of the buffer kept back at a refill, to be mixed with what is new."""
+    max_norm_multiple: float = MAX_NORM_MULTIPLE
+    """Tokens are dropped whose norm exceeds this multiple of the median of their model batch; 0 keeps all."""
+    drop_first: bool = True
+    """Drop the first token of every document."""
+    seed: int = 0
+    """Of the mixing."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ConfigError(f"layers is {self.layers}, expected one or more, none of them twice")
+        if self.batch_tokens < 1 or self.buffer_batches < 2 or not 0 <= self.mix < 1:
+            raise ConfigError(
+                f"batch_tokens {self.batch_tokens}, buffer_batches {self.buffer_batches}, mix {self.mix}: expected at least 1, at least 2, and 0 to below 1"
+            )
+
+
+class ActivationStream:
+    """Batches of residual streams [M, N, D] of the tapped layers, endless and resumable to the bit."""
+
+    def __init__(self, decoder: Decoder, tokens: TokenStream, config: ActivationConfig):
+        """Nothing is computed before the first batch.
+
+        Args:
+            decoder: The model.
+            tokens: Source of `TokenBatch`es.
+            config: Filter, buffer and batch sizes.
+        """
+        self.decoder, self.tokens, self.config = decoder, tokens, config
+        self.capacity = config.batch_tokens * config.buffer_batches
+        self._buffer: Array | None = None
+        # Rows of the buffer that hold tokens, rows of it already served, and refills so far.
+        self._filled, self._served, self._refills = 0, 0, 0
+        self.seen_tokens, self.dropped_tokens = 0, 0
+
+    def __next__(self) -> Float[Array, "M N D"]:
+        """The next batch, in the model's dtype."""
+        size = self.config.batch_tokens
+        keep = int(self.capacity * self.config.mix)
+        if self._buffer is None or self._served + size > self.capacity - keep:
+            self._refill()
+        assert self._buffer is not None
+        batch = _take(self._buffer, jnp.int32(self._served), size)
+        self._served += size
+        return batch
+
+    def peek(self) -> Float[Array, "M N D"]:
+        """Everything that is mixed and not yet served, for statistics of the first buffer."""
+        if self._buffer is None:
+            self._refill()
+        assert self._buffer is not None
+        return self._buffer[:, self._served : self.capacity]
+
+    def get_state(self) -> StreamState:
+        """Buffer, place in it, and place in the data."""
+        if self._buffer is None:
+            self._buffer = self._empty()
+        tokens = self.tokens.get_state()
+        cursor = {"filled": self._filled, "served": self._served, "refills": self._refills, "seen": self.seen_tokens,
+                  "dropped": self.dropped_tokens, "tokens": dict(tokens.cursor)}  # fmt: skip
+        return StreamState({"buffer": self._buffer}, cursor)
+
+    def set_state(self, state: StreamState) -> None:
+        """Continue from a saved state."""
+        cursor = state.cursor
+        self._buffer = state.arrays["buffer"] if cursor["refills"] else None
+        self._filled, self._served, self._refills = cursor["filled"], cursor["served"], cursor["refills"]
+        self.seen_tokens, self.dropped_tokens = cursor["seen"], cursor["dropped"]
+        self.tokens.set_state(StreamState({}, cursor["tokens"]))
+
+    def _refill(self) -> None:
+        """Move what was not served to the front, fill up from the model, and mix."""
+        buffer = self._empty() if self._buffer is None else _shift(self._buffer, jnp.int32(self._served))
+        filled, empty = self._filled - self._served, 0
+        while filled < self.capacity:
+            x_MBTD, mask_BT = self._run(next(self.tokens))
+            if not bool(jnp.all(jnp.isfinite(x_MBTD))):
+                raise ShapeError("the model's residual stream holds NaN or infinite values; its weights or its dtype are at fault")
+            count = int(jnp.sum(mask_BT))
+            empty = 0 if count else empty + 1
+            if empty > _EMPTY_BATCHES:
+                raise InputError(f"{empty} batches in a row held no token that counts; the texts are too short, or the norm filter drops all")
+            buffer = _append(buffer, x_MBTD, mask_BT, jnp.int32(filled))
+            filled += count
+            self.seen_tokens += int(mask_BT.size)
+            self.dropped_tokens += int(mask_BT.size) - count
+        key = jax.random.fold_in(jax.random.key(self.config.seed), self._refills)
+        self._buffer = _mix(buffer, key, self.capacity)
+        self._filled, self._served, self._refills = filled, 0, self._refills + 1
+
+    def _run(self, batch: TokenBatch) -> tuple[Float[Array, "M B T D"], Bool[Array, "B T"]]:
+        """Residual streams of the tapped layers, and the tokens that count in all of them."""
+        layers = self.config.layers
+        taps = jnp.asarray(layers, jnp.int32)
+        out = forward(self.decoder, batch.tokens_BT, batch.segment_ids_BT, (), taps, stop_after=max(layers))
+        assert out.residuals is not None
+        return out.residuals, _filter(out.residuals, jnp.asarray(batch.segment_ids_BT), self.config.max_norm_multiple, self.config.drop_first)
+
+    def _empty(self) -> Array:
+        """A buffer with room for one model batch beyond its capacity; ."""
+        rows = self.capacity + self.tokens.shape[0] * self.tokens.shape[1]
+        return jnp.zeros((len(self.config.layers), rows, self.decoder.config.d_model), self.decoder.config.dtype)
+
+
+
+@partial(jax.jit, static_argnames=("multiple", "drop_first"))
+def _filter(x_MBTD: Array, segment_ids: Int[Array, "B T"], multiple: float, drop_first: bool) -> Bool[Array, "B T"]:
+    masks = [ordinary_tokens(x, segment_ids, max_norm_multiple=multiple, drop_first=drop_first) for x in x_MBTD]
+    return jnp.stack(masks).all(axis=0)
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def _append(buffer: Array, x_MBTD: Array, mask_BT: Array, start: Array) -> Array:
+    """Write a model batch behind row `start`, tokens that count first; what follows them is overwritten by the next."""
+    order = jnp.argsort(~mask_BT.reshape(-1), stable=True)
+    x_MND = x_MBTD.reshape(x_MBTD.shape[0], -1, x_MBTD.shape[-1])[:, order]
+    return jax.lax.dynamic_update_slice(buffer, x_MND.astype(buffer.dtype), (0, start, 0))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def _shift(buffer: Array, served: Array) -> Array:
+    return jnp.roll(buffer, -served, axis=1)
+
+
+@partial(jax.jit, static_argnames="capacity", donate_argnames="buffer")
+def _mix(buffer: Array, key: Key[Array, ""], capacity: int) -> Array:
+    """Permute the first `capacity` rows, the same way in every layer."""
+    order = jax.random.permutation(key, capacity)
+    return buffer.at[:, :capacity].set(buffer[:, order])
+
+
+@partial(jax.jit, static_argnames="size")
+def _take(buffer: Array, start: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(buffer, start, size, axis=1)
+
+
+def mean_squared_norm(x_ND: Any) -> Float[Array, ""]:
+    """Mean of |x|^2 over tokens."""
+    return jnp.mean(jnp.sum(jnp.square(x_ND.astype(jnp.float32)), axis=-1))
+
+
+@jax.jit
+def geometric_median(x_ND: Float[Array, "N D"]) -> Float[Array, " D"]:
+    """Point of least total distance to the rows, by Weiszfeld's iteration from the mean: at most 100 rounds or movement below 1e-5."""
+    x = x_ND.astype(jnp.float32)
+
+    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        point, _, rounds = carry
+        weights = 1 / jnp.maximum(jnp.linalg.norm(x - point, axis=-1), jnp.float32(1e-8))
+        moved = jnp.einsum("n,nd->d", weights, x, precision=jax.lax.Precision.HIGHEST) / jnp.sum(weights)
+        return moved, jnp.linalg.norm(moved - point), rounds + 1
+
+    start = (jnp.mean(x, axis=0), jnp.float32(jnp.inf), jnp.int32(0))
+    return jax.lax.while_loop(lambda c: (c[1] >= 1e-5) & (c[2] < 100), step, start)[0]

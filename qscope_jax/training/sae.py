@@ -1,0 +1,265 @@
+"""Train top-k SAEs on a model's residual streams: the recipe behind `qscope train-sae`.
+
+Loss, AuxK, initialisation and rates follow Gao et al. 2024 (arXiv 2406.04093) and dictionary_learning, as far as the Qwen-Scope report
+(section 2.2) discloses its own; every default that the report leaves open is stated on its field.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from qscope_jax.errors import ConfigError
+from qscope_jax.models.language_model import LanguageModel
+from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.layer_sae import LayerSAE
+from qscope_jax.sae.metrics import evaluate_sae
+from qscope_jax.sae.sparse import sparse_decode
+from qscope_jax.training.activations import ActivationConfig, ActivationStream, geometric_median, mean_squared_norm
+from qscope_jax.training.tokens import TokenStream
+
+_COUNTER_LIMIT = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """Size and training of the SAEs; one set for all layers of a run."""
+
+    num_features: int
+    """F; the release uses 16 or 64 times the model's width."""
+    k: int
+    """Active features a token."""
+    steps: int
+    """Optimiser steps; the schedule ends here."""
+    learning_rate: float | None = None
+    """Peak rate of Adam; default 2e-4 / sqrt(F / 2^14)."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up, at most a tenth of the run."""
+    decay_share: float = 0.2
+    """Share of the run, at its end, over which the rate falls linearly to 0."""
+    aux_weight: float = 1 / 32
+    """Weight of AuxK."""
+    aux_k: int | None = None
+    """Dead features that AuxK may use a token; default half the model's width."""
+    dead_after_tokens: int = 10_000_000
+    """A feature is dead when it has not fired for so many tokens."""
+    clip: float = 1.0
+    """Largest gradient norm, after the decoder's projection; each SAE by itself."""
+    seed: int = 0
+    """Of the directions."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        if not 1 <= self.k <= self.num_features:
+            raise ConfigError(f"k is {self.k}, expected 1 to num_features = {self.num_features}")
+        if self.steps < 1 or not 0 <= self.decay_share <= 1 or self.dead_after_tokens < 1:
+            raise ConfigError("steps and dead_after_tokens must be positive, decay_share between 0 and 1")
+
+    def schedule(self) -> optax.Schedule:
+        """Warm-up, plateau, linear decay to 0."""
+        peak = self.learning_rate or 2e-4 / math.sqrt(self.num_features / 2**14)
+        warmup = min(self.warmup_steps, max(self.steps // 10, 1))
+        decay = max(int(self.steps * self.decay_share), 1)
+        parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, decay)]
+        return optax.join_schedules(parts, [warmup, max(self.steps - decay, warmup)])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SAEState:
+    """Training state of one SAE.
+
+    Attributes:
+        sae: Parameters, of inputs scaled to unit mean squared norm.
+        optimizer: Adam's moments and step.
+        tokens_since_fired: Tokens since each feature last fired, saturating.
+        scale: Root mean squared norm of the layer's stream: inputs are divided by it.
+    """
+
+    sae: SparseAutoencoder
+    optimizer: Any
+    tokens_since_fired: Int[Array, " F"]
+    scale: Float[Array, ""]
+
+
+class SAETraining:
+    """Recipe: TopK SAEs for several layers at once, from activations made on the fly."""
+
+    name = "SAE"
+    unit = "tokens"
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokens: Callable[[], TokenStream],
+        activations: ActivationConfig,
+        config: SAEConfig,
+        held_out: Sequence[str] = (),
+    ):
+        """Describe a run.
+
+        Args:
+            model: Whose residual streams are explained.
+            tokens: Makes the token stream, from its beginning.
+            activations: Layers, filter, buffer and batch size.
+            config: Size and training of the SAEs.
+            held_out: Texts for evaluation.
+        """
+        for layer in activations.layers:
+            model.check_layer(layer)
+        self.model, self.tokens, self.activations, self.config, self.held_out = model, tokens, activations, config, held_out
+        self.optimizer = optax.adam(config.schedule())
+        self.aux_k = min(config.aux_k or max(model.config.d_model // 2, 1), config.num_features)
+        self._first = ActivationStream(model.decoder, tokens(), activations)
+        self._step = jax.jit(partial(sae_step, self.optimizer, config, self.aux_k), donate_argnums=0)
+
+    def init(self) -> tuple[SAEState, ...]:
+        """One state a layer: unit random directions, tied encoder, b_dec at the geometric median of the first buffer."""
+        first = self._first.peek()
+        return tuple(self._init(x, jax.random.fold_in(jax.random.key(self.config.seed), layer)) for layer, x in zip(self.activations.layers, first, strict=True))
+
+    def stream(self) -> ActivationStream:
+        """Activations from the beginning; the buffer that `init` looked at is not made twice."""
+        return self._first
+
+    def step(self, state: tuple[SAEState, ...], batch: Float[Array, "M N D"]) -> tuple[tuple[SAEState, ...], Mapping[str, Any]]:
+        """One step of every layer's SAE; each is what it would be alone. Metrics are lists over layers, `loss` their mean."""
+        pairs = [self._step(one, x) for one, x in zip(state, batch, strict=True)]
+        metrics = {name: jnp.stack([m[name] for _, m in pairs]) for name in pairs[0][1]}
+        return tuple(one for one, _ in pairs), {"loss": jnp.mean(metrics["fvu"]), **metrics}
+
+    def units(self, batch: Float[Array, "M N D"]) -> int:
+        """Tokens of a batch."""
+        return batch.shape[1]
+
+    def evaluate(self, state: tuple[SAEState, ...]) -> Mapping[str, Any]:
+        """Held-out metrics, a list over layers each."""
+        if not self.held_out:
+            return {}
+        results = evaluate_sae(self.model, self.export(state), self.held_out, splice=False)
+        names = ("fvu", "l0", "cossim", "dead_fraction", "fvu_all")
+        return {"held_out": True, **{name: [results[layer][name] for layer in self.activations.layers] for name in names}}
+
+    def export(self, state: tuple[SAEState, ...]) -> list[LayerSAE]:
+        """SAEs in raw units: the input scale is folded into the biases, directions keep unit norm (`4.4b` of the usual algebra)."""
+        metadata = {"format": "qscope_jax", "source": "trained here", "model_name": self.model.name, "unit_norm_decoder": True, "folds": ["input scale"]}
+        return [
+            LayerSAE(fold_scale(one.sae, one.scale), layer, {**metadata, "layer": layer, "hook_name": f"model.layers.{layer}"})
+            for layer, one in zip(self.activations.layers, state, strict=True)
+        ]
+
+    def _init(self, x_ND: Array, key: Array) -> SAEState:
+        scale = jnp.sqrt(mean_squared_norm(x_ND))
+        shape = (self.config.num_features, x_ND.shape[-1])
+        directions = jax.random.normal(key, shape, jnp.float32)
+        directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
+        b_dec = geometric_median(x_ND.astype(jnp.float32) / scale)
+        # The encoder is the tied one of x - b_dec, written in the released form, which sees x itself.
+        b_enc = -jnp.matmul(directions, b_dec, precision=jax.lax.Precision.HIGHEST)
+        sae = SparseAutoencoder(directions, jnp.array(directions), b_enc, b_dec, k=self.config.k)
+        counters = jnp.zeros((self.config.num_features,), jnp.int32)
+        return SAEState(sae, self.optimizer.init(sae), counters, scale)  # pyright: ignore[reportArgumentType]
+
+
+def sae_step(
+    optimizer: optax.GradientTransformation, config: SAEConfig, aux_k: int, state: SAEState, x_ND: Float[Array, "N D"]
+) -> tuple[SAEState, dict[str, Array]]:
+    """One optimiser step on a batch of residual streams.
+
+    The decoder's gradient loses its part along each direction before clipping, and directions are renormalised after the step.
+    """
+    x = x_ND.astype(jnp.float32) / state.scale
+    z_NF, code = _encode(state.sae, x)
+    fired_F = jnp.zeros((config.num_features,), bool).at[code.indices].max(code.values > 0)
+    since_F = jnp.where(fired_F, 0, jnp.minimum(state.tokens_since_fired + x.shape[0], _COUNTER_LIMIT))
+    dead_F = since_F >= config.dead_after_tokens
+
+    def gradient(with_aux: bool) -> Callable[[SparseAutoencoder], Any]:
+        loss = partial(sae_loss, z_NF=z_NF, indices_NK=code.indices, x_ND=x, dead_F=dead_F if with_aux else None, aux_k=aux_k, aux_weight=config.aux_weight)
+        return lambda sae: jax.grad(loss, has_aux=True)(sae)
+
+    # With no dead feature AuxK is exactly 0: its branch is not run, nor are its gradients written.
+    grads, (fvu, aux) = jax.lax.cond(jnp.any(dead_F), gradient(True), gradient(False), state.sae)
+    grads = replace_param(grads, "W_dec", _project(grads.W_dec[...], state.sae.W_dec[...]))
+    norm = optax.tree.norm(grads)
+    grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12)), grads)
+    updates, opt_state = optimizer.update(grads, state.optimizer, state.sae)  # pyright: ignore[reportArgumentType]
+    sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
+    rows = sae.W_dec[...]
+    sae = replace_param(sae, "W_dec", rows / (jnp.linalg.norm(rows, axis=1, keepdims=True) + 1e-8))
+    metrics = {"fvu": fvu, "aux": aux, "l0": jnp.mean(jnp.sum(code.values > 0, axis=1, dtype=jnp.float32)), "dead": jnp.mean(dead_F, dtype=jnp.float32),
+               "gradient_norm": norm}  # fmt: skip
+    return SAEState(sae, opt_state, since_F, state.scale), metrics
+
+
+def sae_loss(
+    sae: SparseAutoencoder,
+    *,
+    z_NF: Float[Array, "N F"],
+    indices_NK: Int[Array, "N K"],
+    x_ND: Float[Array, "N D"],
+    dead_F: Bool[Array, " F"] | None,
+    aux_k: int,
+    aux_weight: float,
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """`FVU + aux_weight * L_aux`, and both parts.
+
+        FVU   = sum |x - xhat|^2 / sum |x - mean x|^2
+        L_aux = sum |e - a_aux W_dec|^2 / sum |e - mean e|^2,  e = stop_gradient(x - xhat),
+                a_aux = relu(top aux_k of z among dead features), no b_dec; 0 when the denominator is 0
+
+    Args:
+        sae: Parameters.
+        z_NF: Their pre-activations, computed outside (no gradient flows through the array).
+        indices_NK: The selected features.
+        x_ND: The batch.
+        dead_F: Dead features, or None to leave AuxK out.
+        aux_k: Slots of the auxiliary code.
+        aux_weight: Its weight.
+    """
+    code = sae.at(z_NF, indices_NK, x_ND)
+    error = x_ND - sae.decode(code)
+    fvu = jnp.sum(jnp.square(error)) / _spread(x_ND)
+    if dead_F is None:
+        return fvu, (fvu, jnp.float32(0))
+    target = jax.lax.stop_gradient(error)
+    aux_code = sae.select(jnp.where(dead_F, z_NF, -jnp.inf), x_ND, aux_k)
+    rest = target - sparse_decode(aux_code.values, aux_code.indices, sae.W_dec[...])
+    spread = _spread(target)
+    aux = jnp.where(spread > 0, jnp.sum(jnp.square(rest)) / jnp.where(spread > 0, spread, 1), jnp.float32(0))
+    return fvu + aux_weight * aux, (fvu, aux)
+
+
+def fold_scale(sae: SparseAutoencoder, scale: Float[Array, ""]) -> SparseAutoencoder:
+    """An SAE of x / scale as one of x: biases times the scale, matrices as they are, activations in raw units."""
+    sae = replace_param(sae, "b_enc", sae.b_enc[...] * scale)
+    return replace_param(sae, "b_dec", sae.b_dec[...] * scale)
+
+
+def replace_param(sae: Any, name: str, value: Array) -> Any:
+    """A copy of a module with one parameter replaced."""
+
+    def swap(path: Any, leaf: Array) -> Array:
+        return value if any(getattr(key, "name", None) == name for key in path) else leaf
+
+    return jax.tree_util.tree_map_with_path(swap, sae)
+
+
+def _encode(sae: SparseAutoencoder, x_ND: Array) -> tuple[Array, Any]:
+    z_NF = jax.lax.stop_gradient(sae.pre_activations(x_ND))
+    return z_NF, sae.select(z_NF, x_ND, sae.k)
+
+
+def _project(gradient_FD: Array, rows_FD: Array) -> Array:
+    """Remove each row's component along the unit direction it belongs to."""
+    return gradient_FD - jnp.sum(gradient_FD * rows_FD, axis=1, keepdims=True) * rows_FD
+
+
+def _spread(x_ND: Array) -> Array:
+    return jnp.sum(jnp.square(x_ND - jnp.mean(x_ND, axis=0)))

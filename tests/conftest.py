@@ -1,0 +1,59 @@
+"""What every test runs under (strict dtypes, eight virtual devices), and the fixtures that several packages share."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import jax
+import pytest
+
+from qscope_jax.models.config import ModelConfig
+
+# Before the first use of a device. Eight virtual ones cost the suite nothing; a mesh takes those it names.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., ModelConfig]:
+    """Factory of Qwen3 configs that compile in about a second; keywords replace fields.
+
+    The head width is unlike D/H, the vocabulary no power of two, and nothing equals anything else, so that mixed-up axes show.
+    """
+
+    def make(layers: int = 3, **changes) -> ModelConfig:
+        fields = dict(
+            family="qwen3", vocab_size=97, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=12, rope_theta=1e4, norm_eps=1e-6,
+            mixers=("full_attention",) * layers, feed_forwards=("dense",) * layers, max_positions=1024, dtype="float32",
+        )  # fmt: skip
+        return ModelConfig(**(fields | changes))
+
+    return make
+
+
+class Compilations:
+    """Programs that XLA compiled inside a `count_compilations` block."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+@pytest.fixture(scope="session")
+def count_compilations() -> Callable[[], contextlib.AbstractContextManager[Compilations]]:
+    """Context manager whose `count` is the number of programs compiled inside it, those of single eager operations included."""
+
+    @contextlib.contextmanager
+    def counting() -> Iterator[Compilations]:
+        compilations = Compilations()
+
+        def note(event: str, duration: float, **attributes: object) -> None:
+            compilations.count += event == _COMPILE_EVENT
+
+        jax.monitoring.register_event_duration_secs_listener(note)
+        try:
+            yield compilations
+        finally:
+            jax.monitoring.unregister_event_duration_listener(note)
+
+    return counting
