@@ -1,0 +1,88 @@
+"""Qwen models and their sparse autoencoders in JAX: read features, steer with them, train them.
+
+Names are imported when they are first used, so that `import qscope_jax` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "qscope_jax.errors": ("QscopeError",),
+    "qscope_jax.parallel.mesh": ("make_mesh",),
+    "qscope_jax.data.texts": ("load_texts",),
+    "qscope_jax.models.config": ("ModelConfig",),
+    "qscope_jax.models.decoder": ("Decoder", "DecoderOutput"),
+    "qscope_jax.models.language_model": ("Completion", "LanguageModel", "load_model"),
+    "qscope_jax.models.sampling": ("SamplingConfig",),
+    "qscope_jax.sae.autoencoder": ("SparseAutoencoder", "SparseCode"),
+    "qscope_jax.sae.layer_sae": ("LayerSAE", "SAECollection", "load_sae"),
+    "qscope_jax.sae.metrics": ("evaluate_sae",),
+    "qscope_jax.features.readout": ("Readout", "read_features", "token_texts"),
+    "qscope_jax.features.compare": ("compare",),
+    "qscope_jax.features.languages": ("monolinguality",),
+    "qscope_jax.features.steering": (
+        "ablate",
+        "add_directions",
+        "clamp",
+        "combine",
+        "dose_sweep",
+        "project_out",
+        "random_features",
+        "residual_norms",
+        "sign_flipped",
+        "steer",
+    ),
+    "qscope_jax.training.activations": ("ActivationConfig",),
+    "qscope_jax.training.loop": ("LoopConfig", "train"),
+    "qscope_jax.training.sae": ("SAEConfig", "SAETraining"),
+    "qscope_jax.training.tokens": ("TokenStream",),
+    "qscope_jax.demo.embedded": ("tiny_model", "tiny_saes"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from qscope_jax.data.texts import load_texts
+    from qscope_jax.demo.embedded import tiny_model, tiny_saes
+    from qscope_jax.errors import QscopeError
+    from qscope_jax.features.compare import compare
+    from qscope_jax.features.languages import monolinguality
+    from qscope_jax.features.readout import Readout, read_features, token_texts
+    from qscope_jax.features.steering import (
+        ablate,
+        add_directions,
+        clamp,
+        combine,
+        dose_sweep,
+        project_out,
+        random_features,
+        residual_norms,
+        sign_flipped,
+        steer,
+    )
+    from qscope_jax.models.config import ModelConfig
+    from qscope_jax.models.decoder import Decoder, DecoderOutput
+    from qscope_jax.models.language_model import Completion, LanguageModel, load_model
+    from qscope_jax.models.sampling import SamplingConfig
+    from qscope_jax.parallel.mesh import make_mesh
+    from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
+    from qscope_jax.sae.layer_sae import LayerSAE, SAECollection, load_sae
+    from qscope_jax.sae.metrics import evaluate_sae
+    from qscope_jax.training.activations import ActivationConfig
+    from qscope_jax.training.loop import LoopConfig, train
+    from qscope_jax.training.sae import SAEConfig, SAETraining
+    from qscope_jax.training.tokens import TokenStream
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'qscope_jax' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

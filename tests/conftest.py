@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import jax
+import jaxtyping
 import pytest
 
 from qscope_jax.models.config import ModelConfig
@@ -30,6 +31,21 @@ def tiny_config() -> Callable[..., ModelConfig]:
         return ModelConfig(**(fields | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def abstract_arrays() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Context manager without type checks, for `jax.eval_shape` and `lower`, whose pytrees hold descriptions in the place of arrays."""
+
+    @contextlib.contextmanager
+    def unchecked() -> Iterator[None]:
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            yield
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+
+    return unchecked
 
 
 class Compilations:

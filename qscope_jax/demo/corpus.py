@@ -99,7 +99,7 @@ def _documents(count: int, rng: random.Random, mixed_share: float) -> Iterator[s
 
 def _passage(language: str, rng: random.Random, length: int) -> str:
     """Consecutive natural sentences of a topic, or expansions of the grammar."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         lines = rng.choice(topics(language)).train
         start = rng.randrange(max(len(lines) - length, 0) + 1)
         chosen = list(lines[start : start + length])

@@ -44,7 +44,7 @@ MODEL = {
     "eos_token_id": 0,
     "dtype": "float32",
 }
-TRAINING = CausalLMConfig(batch_size=32, length=128, steps=1800, learning_rate=3e-3, warmup_steps=100)
+TRAINING = CausalLMConfig(batch_size=32, length=128, steps=700, learning_rate=3e-3, warmup_steps=100, weight_decay=0.2)
 
 
 def make_tokenizer(folder: Path, texts: Sequence[str]) -> None:
@@ -80,8 +80,8 @@ def make_model(out: Path, config: CausalLMConfig = TRAINING, run_dir: str = "") 
             return [*tokenizer.encode(text).ids, 0]
 
         model = ModelConfig.from_hf(MODEL)
-        recipe = CausalLM(model, config, texts, tokenize, held_out)
-        state = train(recipe, LoopConfig(steps=config.steps, run_dir=run_dir, log_every=50, eval_every=300))
+        recipe = CausalLM(model, config, texts, tokenize, held_out=[tokenize(text) for text in held_out])
+        state = train(recipe, LoopConfig(steps=config.steps, run_dir=run_dir, log_every=50, eval_every=200, checkpoint_every=200 if run_dir else 0))
         metrics = dict(recipe.evaluate(state))
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.decoder)
         half.config = replace(model, dtype="bfloat16")

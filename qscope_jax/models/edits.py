@@ -57,7 +57,7 @@ class Edit(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Where:
-    """Positions and phases at which an edit acts.
+    """Positions and phases at which an edit acts; several stacked have a leading axis.
 
     Attributes:
         ranges: First and last position of each range, both included; negative ones count from the end of the prompt, of which -1 is
@@ -65,8 +65,8 @@ class Where:
         phases: Whether the edit acts while the prompt is read, and while tokens are generated.
     """
 
-    ranges: Int[Array, "8 2"]
-    phases: Bool[Array, "2"]
+    ranges: Int[Array, "*W 8 2"]
+    phases: Bool[Array, "*W 2"]
 
     def mask(self, context: EditContext) -> Bool[Array, "B T"]:
         """True at the tokens of a call where the edit acts."""

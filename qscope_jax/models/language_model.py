@@ -201,9 +201,9 @@ class LanguageModel:
                     on_tokens(_rows(state))
                     if bool(jnp.all(state.done_B)):
                         break
-        stopped = np.asarray(state.done_B)
+        stopped = np.asarray(state.done_B).tolist()
         return [
-            Completion(prompt, self._decode(ids, stop), tuple(ids), bool(stop))
+            Completion(prompt, self._decode(ids, stop), tuple(ids), stop)
             for prompt, ids, stop in zip(prompts, _rows(state), stopped, strict=True)
         ]
 

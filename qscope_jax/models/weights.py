@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from qscope_jax.data.files import atomic_path, read_json, write_json
 from qscope_jax.data.hub import Source
 from qscope_jax.errors import ArchitectureError, ShapeError, SourceError
-from qscope_jax.models.config import ModelConfig
+from qscope_jax.models.config import DTYPES, ModelConfig
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.safetensors_file import TensorEntry, read_header, write_file
 from qscope_jax.parallel.rules import parameter_sharding
@@ -77,16 +77,14 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
         raise ArchitectureError(f"{source.name}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; none is ignored")
     for (_, leaf), names in zip(leaves, plan, strict=True):
         for name in names:
-            if entries[name].shape != (shape := _tensor_shape(name, leaf)):
-                raise ShapeError(f"{source.name}: tensor {name} has shape {entries[name].shape}, config.json demands {shape}")
-            if not jnp.issubdtype(entries[name].dtype, jnp.floating):
-                raise ArchitectureError(f"{source.name}: tensor {name} is of {entries[name].dtype}; quantised weights are not implemented")
+            _check(source, entries[name], _tensor_shape(name, leaf))
 
     def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], list[str]]) -> jax.Array:
         (path, leaf), names = item
         sharding = parameter_sharding(_parameter(path)[-1], leaf.shape, mesh)
         parts = [entries[name] for name in names]
-        dtype = reduce(jnp.promote_types, [part.dtype for part in parts]) if keep_dtypes else np.dtype(leaf.dtype)
+        own = reduce(jnp.promote_types, [part.dtype for part in parts])
+        dtype = own if keep_dtypes and own.name in DTYPES else np.dtype(leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _read(parts, leaf.shape, dtype, index))
 
     with ThreadPoolExecutor(4) as pool:
@@ -143,6 +141,13 @@ def _entries(source: Source) -> dict[str, TensorEntry]:
     if lost := sorted(set(weight_map) - set(entries)):
         raise SourceError(f"{source.name}: {_INDEX} promises tensor {lost[0]}, which is in none of the files")
     return entries
+
+
+def _check(source: Source, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    if entry.shape != shape:
+        raise ShapeError(f"{source.name}: tensor {entry.name} has shape {entry.shape}, config.json demands {shape}")
+    if not jnp.issubdtype(entry.dtype, jnp.floating):
+        raise ArchitectureError(f"{source.name}: tensor {entry.name} is of {entry.dtype}; quantised weights are not implemented")
 
 
 def _parameter(path: tuple[Any, ...]) -> list[str]:

@@ -77,16 +77,21 @@ class SparseAutoencoder(nnx.Module):
         """D."""
         return self.W_enc.shape[-1]
 
+    def encoder_input(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """What the encoder multiplies: the stream in float32, less b_dec where the SAE is of that kind."""
+        x = x_ND.astype(jnp.float32)
+        return x - self.b_dec[...].astype(jnp.float32) if self.apply_b_dec_to_input else x
+
     def pre_activations(self, x_ND: Float[Array, "N D"], features: Int[Array, " W"] | None = None) -> Float[Array, "N W"]:
         """z for all features, or for some: then only their rows of the encoder are read."""
         W, b = self.W_enc[...], self.b_enc[...]
         if features is not None:
             W, b = W[features], b[features]
-        return linear(self._centred(x_ND), W.astype(jnp.float32)) + b.astype(jnp.float32)
+        return linear(self.encoder_input(x_ND), W.astype(jnp.float32)) + b.astype(jnp.float32)
 
     def encode(self, x_ND: Float[Array, "N D"]) -> SparseCode:
         """The sparse code of every token; its gradient reaches the encoder rows of active features, and only those."""
-        x = self._centred(x_ND)
+        x = self.encoder_input(x_ND)
         W, b = self.W_enc[...].astype(jnp.float32), self.b_enc[...].astype(jnp.float32)
         z_NF = jax.lax.stop_gradient(linear(x, W) + b)
         return self.select(z_NF, x, self.k)
@@ -96,7 +101,7 @@ class SparseAutoencoder(nnx.Module):
 
         Args:
             z_NF: Pre-activations without gradient; -inf keeps a feature out.
-            x_ND: What the encoder saw; the gradient goes through it and the encoder.
+            x_ND: `encoder_input` of the stream; the gradient goes through it and the encoder.
             k: Slots.
         """
         if self.activation != "topk":
@@ -115,10 +120,6 @@ class SparseAutoencoder(nnx.Module):
     def direction(self, feature: int | Int[Array, ""]) -> Float[Array, " D"]:
         """The direction of a feature, as stored, not normalised."""
         return self.W_dec[...][feature].astype(jnp.float32)
-
-    def _centred(self, x_ND: Array) -> Array:
-        x = x_ND.astype(jnp.float32)
-        return x - self.b_dec[...].astype(jnp.float32) if self.apply_b_dec_to_input else x
 
 
 def densify(code: SparseCode, num_features: int) -> Float[Array, "N F"]:

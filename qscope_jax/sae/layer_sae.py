@@ -51,7 +51,7 @@ class LayerSAE:
         """K."""
         return self.autoencoder.k
 
-    def encode(self, x: Float[Array, "*B D"]) -> SparseCode:
+    def encode(self, x: Float[Array | np.ndarray, "*B D"]) -> SparseCode:
         """Sparse code of residual streams; leading axes are flattened to N tokens.
 
         Raises:
@@ -153,7 +153,14 @@ def load_sae(
 
 
 def from_arrays(arrays: SAEArrays, layer: int, mesh: Mesh | None = None) -> LayerSAE:
-    """Put host arrays on the mesh."""
+    """Put host arrays on the mesh, default one device.
+
+    Raises:
+        InputError: the arrays do not say how many slots a code has, and nobody else did.
+    """
+    if arrays.k < 1:
+        source = arrays.metadata.get("source", "this SAE")
+        raise InputError(f"{source}: k is {arrays.k}, as its activation {arrays.activation} has none; pass k=, the most features kept a token")
     mesh = make_mesh() if mesh is None else mesh
     placed = {name: jax.device_put(np.ascontiguousarray(array), parameter_sharding(name, array.shape, mesh)) for name, array in arrays.tensors().items()}
     sae = SparseAutoencoder(**placed, k=arrays.k, activation=arrays.activation, apply_b_dec_to_input=arrays.apply_b_dec_to_input)

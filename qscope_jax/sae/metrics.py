@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.data.batches import TokenBatch
+from qscope_jax.errors import InputError
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.edits import where
 from qscope_jax.models.language_model import LanguageModel, forward
-from qscope_jax.models.scoring import token_divergences, token_losses
+from qscope_jax.models.scoring import next_token_loss, token_divergences
 from qscope_jax.sae.autoencoder import SparseAutoencoder
 from qscope_jax.sae.edits import SpliceReconstruction
 from qscope_jax.sae.filtering import MAX_NORM_MULTIPLE, median_norm, ordinary_tokens
@@ -23,19 +24,23 @@ from qscope_jax.sae.sparse import scatter_scalars
 
 @jax.jit
 def reconstruction_sums(sae: SparseAutoencoder, x_ND: Float[Array, "N D"], mask_N: Bool[Array, " N"]) -> dict[str, Array]:
-    """Sums over counted tokens from which every metric follows; the stream is centred on b_dec, or its variance would cancel."""
+    """Sums over counted tokens from which every metric follows, beside the stream's mean `mean_D`.
+
+    `x2` is the sum of squares about that mean: about 0, a stream with a large mean would lose its variance to float32's rounding.
+    """
     x = x_ND.astype(jnp.float32)
     code = sae.encode(x)
     rebuilt = sae.decode(code)
     weight_N = mask_N.astype(jnp.float32)
-    centred = x - sae.b_dec[...].astype(jnp.float32)
+    tokens = jnp.sum(weight_N)
+    mean_D = jnp.einsum("n,nd->d", weight_N, x, precision=jax.lax.Precision.HIGHEST) / jnp.maximum(tokens, 1)
     norm_x, norm_rebuilt = jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(rebuilt, axis=-1)
     active_NK = (code.values > 0) & mask_N[:, None]
     cosine_N = jnp.sum(x * rebuilt, axis=-1) / jnp.maximum(norm_x * norm_rebuilt, jnp.float32(1e-8))
     return {
-        "tokens": jnp.sum(weight_N),
-        "x_D": jnp.einsum("n,nd->d", weight_N, centred, precision=jax.lax.Precision.HIGHEST),
-        "x2": jnp.sum(weight_N * jnp.sum(jnp.square(centred), axis=-1)),
+        "tokens": tokens,
+        "mean_D": mean_D,
+        "x2": jnp.sum(weight_N * jnp.sum(jnp.square(x - mean_D), axis=-1)),
         "e2": jnp.sum(weight_N * jnp.sum(jnp.square(x - rebuilt), axis=-1)),
         "active": jnp.sum(active_NK, dtype=jnp.float32),
         "activation": jnp.sum(jnp.where(active_NK, code.values, jnp.float32(0))),
@@ -54,8 +59,15 @@ class ReconstructionMetrics:
 
     def add(self, sae: SparseAutoencoder, x_ND: Float[Array, "N D"], mask_N: Bool[Array, " N"]) -> None:
         """Count a batch."""
-        sums = {name: np.asarray(value, np.float64) for name, value in reconstruction_sums(sae, x_ND, mask_N).items()}
-        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in sums.items()}
+        new = {name: np.asarray(value, np.float64) for name, value in reconstruction_sums(sae, x_ND, mask_N).items()}
+        old = self._sums or {name: np.zeros_like(value) for name, value in new.items()}
+        sums = {name: old[name] + value for name, value in new.items()}
+        # Chan et al. 1983: means are pooled, and sums of squares about them gain what lies between the means.
+        share = new["tokens"] / max(float(sums["tokens"]), 1.0)
+        apart_D = new["mean_D"] - old["mean_D"]
+        sums["mean_D"] = old["mean_D"] + share * apart_D
+        sums["x2"] = sums["x2"] + old["tokens"] * share * np.sum(np.square(apart_D))
+        self._sums = sums
 
     @property
     def firing_rate(self) -> Float[np.ndarray, " F"]:
@@ -70,8 +82,7 @@ class ReconstructionMetrics:
         features that never fired on these `tokens`; `dense_fraction` = share that fired on more than a tenth of them.
         """
         s, tokens = self._sums, max(float(self._sums["tokens"]), 1.0)
-        variance = s["x2"] - np.sum(np.square(s["x_D"])) / tokens
-        fvu = float(s["e2"] / variance) if variance > 0 else float("nan")
+        fvu = float(s["e2"] / s["x2"]) if s["x2"] > 0 else float("nan")
         return {
             "tokens": float(s["tokens"]),
             "fvu": fvu,
@@ -107,24 +118,29 @@ def evaluate_sae(
 
     Raises:
         ShapeError: an SAE does not fit the model.
-        InputError: a layer out of range, or an empty text.
+        InputError: a layer out of range or given twice, no text, or an empty one.
     """
     config = config or EvaluationConfig()
+    if not len(texts):
+        raise InputError("there are no texts to evaluate on; give at least one")
     for sae in saes:
         sae.check_width(model.config.d_model, model.name)
         model.check_layer(sae.layer)
     ordinary, every = ({sae.layer: ReconstructionMetrics() for sae in saes} for _ in range(2))
     layers = [sae.layer for sae in saes]
+    if not layers or len(set(layers)) != len(layers):
+        raise InputError(f"SAEs of layers {layers}: give one or more, and of each layer one; compare two of a layer in two calls")
     spliced: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     for start in range(0, len(texts), config.batch_size):
         batch = model.batch(texts[start : start + config.batch_size])
-        out = forward(model.decoder, batch.tokens_BT, batch.segment_ids_BT, (), jnp.asarray(layers, jnp.int32))
+        segment_ids = jnp.asarray(batch.segment_ids_BT)
+        out = forward(model.decoder, batch.tokens_BT, segment_ids, (), jnp.asarray(layers, jnp.int32))
         assert out.residuals is not None and out.logits is not None
         for sae, x in zip(saes, out.residuals, strict=True):
-            mask = ordinary_tokens(x, batch.segment_ids_BT, max_norm_multiple=config.max_norm_multiple, drop_first=config.drop_first)
+            mask = ordinary_tokens(x, segment_ids, max_norm_multiple=config.max_norm_multiple, drop_first=config.drop_first)
             flat = x.reshape(-1, x.shape[-1])
             ordinary[sae.layer].add(sae.autoencoder, flat, mask.reshape(-1))
-            every[sae.layer].add(sae.autoencoder, flat, jnp.asarray(batch.segment_ids_BT.reshape(-1) > 0))
+            every[sae.layer].add(sae.autoencoder, flat, segment_ids.reshape(-1) > 0)
             if splice:
                 for name, value in splice_sums(model.decoder, sae, batch, x, out.logits, config).items():
                     spliced[sae.layer][name] = spliced[sae.layer].get(name, 0.0) + value
@@ -140,21 +156,23 @@ def splice_sums(decoder: Decoder, sae: LayerSAE, batch: TokenBatch, x: Array, cl
 
     Tokens that the filter leaves out keep their stream in every variant.
     """
-    segment_ids = jnp.asarray(batch.segment_ids_BT)
+    tokens, segment_ids = jnp.asarray(batch.tokens_BT), jnp.asarray(batch.segment_ids_BT)
     mask = ordinary_tokens(x, segment_ids, max_norm_multiple=config.max_norm_multiple, drop_first=config.drop_first)
     norms = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
     limit = config.max_norm_multiple * median_norm(norms, segment_ids > 0) if config.max_norm_multiple else jnp.float32(jnp.inf)
-    mean_D = jnp.sum(jnp.where(mask[..., None], x.astype(jnp.float32), jnp.float32(0)), axis=(0, 1)) / jnp.maximum(jnp.sum(mask), 1)
+    kept = jnp.sum(mask, dtype=jnp.float32)
+    mean_D = jnp.sum(jnp.where(mask[..., None], x.astype(jnp.float32), jnp.float32(0)), axis=(0, 1)) / jnp.maximum(kept, 1)
     place = where(slice(1 if config.drop_first else 0, None))
-    sums = {"tokens": float(token_losses(clean, jnp.asarray(batch.tokens_BT), segment_ids)[1].sum())}
+    ce, weight, _ = _splice_losses(clean, clean, tokens, segment_ids)
+    sums = {"tokens": float(weight), "ce_clean": float(ce)}
     for name, constant in (("sae", None), ("zero", jnp.zeros_like(mean_D)), ("mean", mean_D)):
         edit = SpliceReconstruction(
             sae.autoencoder, jnp.int32(sae.layer), mean_D if constant is None else constant, jnp.asarray(constant is not None), place, limit
         )
-        out = forward(decoder, batch.tokens_BT, batch.segment_ids_BT, (edit,))
+        out = forward(decoder, tokens, segment_ids, (edit,))
         assert out.logits is not None
-        sums[f"ce_{name}"], sums[f"kl_{name}"] = (float(v) for v in _splice_losses(out.logits, clean, jnp.asarray(batch.tokens_BT), segment_ids))
-    sums["ce_clean"] = float(_splice_losses(clean, clean, jnp.asarray(batch.tokens_BT), segment_ids)[0])
+        ce, _, kl = _splice_losses(out.logits, clean, tokens, segment_ids)
+        sums |= {f"ce_{name}": float(ce), f"kl_{name}": float(kl)}
     return sums
 
 
@@ -173,5 +191,6 @@ def splice_scores(sums: dict[str, float]) -> dict[str, float]:
 @jax.jit
 def _splice_losses(
     logits: Float[Array, "B T V"], clean: Float[Array, "B T V"], tokens_BT: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
-) -> tuple[Array, Array]:
-    return jnp.sum(token_losses(logits, tokens_BT, segment_ids)[0]), jnp.sum(token_divergences(logits, clean, segment_ids))
+) -> tuple[Array, Array, Array]:
+    loss, weight = next_token_loss(logits, tokens_BT, segment_ids)
+    return loss, weight, jnp.sum(token_divergences(logits, clean, segment_ids))

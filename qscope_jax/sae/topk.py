@@ -20,7 +20,8 @@ def top_k(z_NF: Float[Array, "N F"], k: int) -> tuple[Float[Array, "N K"], Int[A
     width = z_NF.shape[-1]
     if jax.default_backend() == "tpu" or width % _BLOCK or width // _BLOCK < 2 * k:
         # TPUs have a native instruction for wide float32 rows; narrow rows have too few blocks to leave any out.
-        return jax.lax.top_k(z_NF, k)
+        values_NK, indices_NK = jax.lax.top_k(z_NF, k)
+        return values_NK, indices_NK
     return block_top_k(z_NF, k, _BLOCK)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from qscope_jax.data.batches import TokenBatch
-from qscope_jax.errors import ConfigError, InputError, ShapeError
+from qscope_jax.errors import ConfigError, InputError, SourceError
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import forward
 from qscope_jax.sae.filtering import MAX_NORM_MULTIPLE, ordinary_tokens
@@ -89,12 +89,11 @@ class ActivationStream:
 
     def get_state(self) -> StreamState:
         """Buffer, place in it, and place in the data."""
-        if self._buffer is None:
-            self._buffer = self._empty()
+        buffer = self._empty() if self._buffer is None else self._buffer
         tokens = self.tokens.get_state()
         cursor = {"filled": self._filled, "served": self._served, "refills": self._refills, "seen": self.seen_tokens,
                   "dropped": self.dropped_tokens, "tokens": dict(tokens.cursor)}  # fmt: skip
-        return StreamState({"buffer": self._buffer}, cursor)
+        return StreamState({"buffer": buffer}, cursor)
 
     def set_state(self, state: StreamState) -> None:
         """Continue from a saved state."""
@@ -109,17 +108,19 @@ class ActivationStream:
         buffer = self._empty() if self._buffer is None else _shift(self._buffer, jnp.int32(self._served))
         filled, empty = self._filled - self._served, 0
         while filled < self.capacity:
-            x_MBTD, mask_BT = self._run(next(self.tokens))
+            batch = next(self.tokens)
+            x_MBTD, mask_BT = self._run(batch)
             if not bool(jnp.all(jnp.isfinite(x_MBTD))):
-                raise ShapeError("the model's residual stream holds NaN or infinite values; its weights or its dtype are at fault")
+                raise SourceError(f"layers {self.config.layers}: the model's residual stream holds NaN or infinite values; its weights are damaged, or its dtype is too narrow")
             count = int(jnp.sum(mask_BT))
             empty = 0 if count else empty + 1
             if empty > _EMPTY_BATCHES:
                 raise InputError(f"{empty} batches in a row held no token that counts; the texts are too short, or the norm filter drops all")
             buffer = _append(buffer, x_MBTD, mask_BT, jnp.int32(filled))
             filled += count
-            self.seen_tokens += int(mask_BT.size)
-            self.dropped_tokens += int(mask_BT.size) - count
+            seen = int((batch.segment_ids_BT > 0).sum())
+            self.seen_tokens += seen
+            self.dropped_tokens += seen - count
         key = jax.random.fold_in(jax.random.key(self.config.seed), self._refills)
         self._buffer = _mix(buffer, key, self.capacity)
         self._filled, self._served, self._refills = filled, 0, self._refills + 1
@@ -133,10 +134,9 @@ class ActivationStream:
         return out.residuals, _filter(out.residuals, jnp.asarray(batch.segment_ids_BT), self.config.max_norm_multiple, self.config.drop_first)
 
     def _empty(self) -> Array:
-        """A buffer with room for one model batch beyond its capacity; ."""
+        """A buffer with room for one model batch beyond its capacity."""
         rows = self.capacity + self.tokens.shape[0] * self.tokens.shape[1]
         return jnp.zeros((len(self.config.layers), rows, self.decoder.config.d_model), self.decoder.config.dtype)
-
 
 
 @partial(jax.jit, static_argnames=("multiple", "drop_first"))
@@ -153,8 +153,9 @@ def _append(buffer: Array, x_MBTD: Array, mask_BT: Array, start: Array) -> Array
     return jax.lax.dynamic_update_slice(buffer, x_MND.astype(buffer.dtype), (0, start, 0))
 
 
-@partial(jax.jit, donate_argnames="buffer")
+@jax.jit
 def _shift(buffer: Array, served: Array) -> Array:
+    """Move row `served` to the front, in a new array: the old one may be part of a saved state."""
     return jnp.roll(buffer, -served, axis=1)
 
 

@@ -61,7 +61,7 @@ class CausalLM:
         config: CausalLMConfig,
         documents: Sequence[str],
         tokenize: Callable[[str], Sequence[int]],
-        held_out: Sequence[str] = (),
+        held_out: Sequence[Sequence[int]] = (),
     ):
         """Describe a run.
 
@@ -70,10 +70,10 @@ class CausalLM:
             config: Sizes and rates.
             documents: Training texts.
             tokenize: Token ids of a text, with whatever ends a document.
-            held_out: Texts for evaluation.
+            held_out: Token ids of texts for evaluation, cut to a row's length.
         """
         self.model, self.config, self.documents, self.tokenize = model, config, documents, tokenize
-        self.held_out = [list(tokenize(text))[: config.length] for text in held_out]
+        self.held_out = [list(ids)[: config.length] for ids in held_out]
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, config.learning_rate, min(config.warmup_steps, config.steps // 2), config.steps, end_value=0.1 * config.learning_rate
         )

@@ -60,10 +60,12 @@ class SAEConfig:
             raise ConfigError(f"k is {self.k}, expected 1 to num_features = {self.num_features}")
         if self.steps < 1 or not 0 <= self.decay_share <= 1 or self.dead_after_tokens < 1:
             raise ConfigError("steps and dead_after_tokens must be positive, decay_share between 0 and 1")
+        if self.aux_k is not None and self.aux_k < 1:
+            raise ConfigError(f"aux_k is {self.aux_k}, expected at least 1; leave AuxK out with aux_weight: 0")
 
     def schedule(self) -> optax.Schedule:
         """Warm-up, plateau, linear decay to 0."""
-        peak = self.learning_rate or 2e-4 / math.sqrt(self.num_features / 2**14)
+        peak = 2e-4 / math.sqrt(self.num_features / 2**14) if self.learning_rate is None else self.learning_rate
         warmup = min(self.warmup_steps, max(self.steps // 10, 1))
         decay = max(int(self.steps * self.decay_share), 1)
         parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, decay)]
@@ -115,18 +117,20 @@ class SAETraining:
             model.check_layer(layer)
         self.model, self.tokens, self.activations, self.config, self.held_out = model, tokens, activations, config, held_out
         self.optimizer = optax.adam(config.schedule())
-        self.aux_k = min(config.aux_k or max(model.config.d_model // 2, 1), config.num_features)
-        self._first = ActivationStream(model.decoder, tokens(), activations)
+        self.aux_k = min(max(model.config.d_model // 2, 1) if config.aux_k is None else config.aux_k, config.num_features)
+        self._first: ActivationStream | None = None
         self._step = jax.jit(partial(sae_step, self.optimizer, config, self.aux_k), donate_argnums=0)
 
     def init(self) -> tuple[SAEState, ...]:
         """One state a layer: unit random directions, tied encoder, b_dec at the geometric median of the first buffer."""
+        self._first = self._begin()
         first = self._first.peek()
         return tuple(self._init(x, jax.random.fold_in(jax.random.key(self.config.seed), layer)) for layer, x in zip(self.activations.layers, first, strict=True))
 
     def stream(self) -> ActivationStream:
         """Activations from the beginning; the buffer that `init` looked at is not made twice."""
-        return self._first
+        stream, self._first = self._first or self._begin(), None
+        return stream
 
     def step(self, state: tuple[SAEState, ...], batch: Float[Array, "M N D"]) -> tuple[tuple[SAEState, ...], Mapping[str, Any]]:
         """One step of every layer's SAE; each is what it would be alone. Metrics are lists over layers, `loss` their mean."""
@@ -153,6 +157,9 @@ class SAETraining:
             LayerSAE(fold_scale(one.sae, one.scale), layer, {**metadata, "layer": layer, "hook_name": f"model.layers.{layer}"})
             for layer, one in zip(self.activations.layers, state, strict=True)
         ]
+
+    def _begin(self) -> ActivationStream:
+        return ActivationStream(self.model.decoder, self.tokens(), self.activations)
 
     def _init(self, x_ND: Array, key: Array) -> SAEState:
         scale = jnp.sqrt(mean_squared_norm(x_ND))
@@ -212,7 +219,9 @@ def sae_loss(
 
         FVU   = sum |x - xhat|^2 / sum |x - mean x|^2
         L_aux = sum |e - a_aux W_dec|^2 / sum |e - mean e|^2,  e = stop_gradient(x - xhat),
-                a_aux = relu(top aux_k of z among dead features), no b_dec; 0 when the denominator is 0
+                a_aux = relu(top aux_k of z among dead features), no b_dec
+
+    A quotient whose denominator is 0 is 0.
 
     Args:
         sae: Parameters.
@@ -223,16 +232,14 @@ def sae_loss(
         aux_k: Slots of the auxiliary code.
         aux_weight: Its weight.
     """
-    code = sae.at(z_NF, indices_NK, x_ND)
-    error = x_ND - sae.decode(code)
-    fvu = jnp.sum(jnp.square(error)) / _spread(x_ND)
+    seen_ND = sae.encoder_input(x_ND)
+    error = x_ND - sae.decode(sae.at(z_NF, indices_NK, seen_ND))
+    fvu = _unexplained(error, x_ND)
     if dead_F is None:
         return fvu, (fvu, jnp.float32(0))
     target = jax.lax.stop_gradient(error)
-    aux_code = sae.select(jnp.where(dead_F, z_NF, -jnp.inf), x_ND, aux_k)
-    rest = target - sparse_decode(aux_code.values, aux_code.indices, sae.W_dec[...])
-    spread = _spread(target)
-    aux = jnp.where(spread > 0, jnp.sum(jnp.square(rest)) / jnp.where(spread > 0, spread, 1), jnp.float32(0))
+    aux_code = sae.select(jnp.where(dead_F, z_NF, -jnp.inf), seen_ND, aux_k)
+    aux = _unexplained(target - sparse_decode(aux_code.values, aux_code.indices, sae.W_dec[...]), target)
     return fvu + aux_weight * aux, (fvu, aux)
 
 
@@ -253,7 +260,7 @@ def replace_param(sae: Any, name: str, value: Array) -> Any:
 
 def _encode(sae: SparseAutoencoder, x_ND: Array) -> tuple[Array, Any]:
     z_NF = jax.lax.stop_gradient(sae.pre_activations(x_ND))
-    return z_NF, sae.select(z_NF, x_ND, sae.k)
+    return z_NF, sae.select(z_NF, sae.encoder_input(x_ND), sae.k)
 
 
 def _project(gradient_FD: Array, rows_FD: Array) -> Array:
@@ -261,5 +268,7 @@ def _project(gradient_FD: Array, rows_FD: Array) -> Array:
     return gradient_FD - jnp.sum(gradient_FD * rows_FD, axis=1, keepdims=True) * rows_FD
 
 
-def _spread(x_ND: Array) -> Array:
-    return jnp.sum(jnp.square(x_ND - jnp.mean(x_ND, axis=0)))
+def _unexplained(error_ND: Array, x_ND: Array) -> Array:
+    """Sum of squares of the error as a share of that of x about its mean; 0, with no gradient, where all rows of x are equal."""
+    spread = jnp.sum(jnp.square(x_ND - jnp.mean(x_ND, axis=0)))
+    return jnp.where(spread > 0, jnp.sum(jnp.square(error_ND)) / jnp.where(spread > 0, spread, 1), jnp.float32(0))

@@ -1,6 +1,8 @@
 """Random decoders, and transformers' Qwen3 as the reference of this package."""
 
-from collections.abc import Callable
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +23,60 @@ _SHAPES = {
 LENGTH = 600
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Tell LLVM to optimise less: these tests run tiny programs once, and half of their time would go into making them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def random_decoder() -> Callable[..., Decoder]:
-    """Factory of decoders whose every weight matters: gains are not 1, and products keep their operands' scale."""
+    """Factory of decoders whose every weight matters: gains are not 1, and products keep their operands' scale.
+
+    A layer's weights depend on its number alone, not on how layers are stacked.
+    """
 
     def make(config: ModelConfig, seed: int = 0) -> Decoder:
-        generator = np.random.default_rng(seed)
-
         def draw(path, leaf) -> jax.Array:
-            normal = generator.standard_normal(leaf.shape)
-            gain = "norm" in jax.tree_util.keystr(path)
-            return jnp.asarray((1 + 0.3 * normal if gain else normal * leaf.shape[-1] ** -0.5).astype(leaf.dtype))
+            name, place = _place(path)
+            entropy = (seed, zlib.crc32(name.encode()))
+            if name.startswith("layers"):
+                normal = np.stack([_normal((*entropy, repeat * config.period + place), leaf.shape[1:]) for repeat in range(leaf.shape[0])])
+            else:
+                normal = _normal(entropy, leaf.shape)
+            return jnp.asarray(1 + 0.3 * normal if "norm" in name else normal * leaf.shape[-1] ** -0.5, leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: Decoder(config, jax.random.key(0))))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def by_layer() -> Callable[[Decoder], dict[str, np.ndarray]]:
+    """The arrays of a decoder (or of its gradient) by name and layer, however layers are stacked."""
+
+    def split(decoder: Decoder) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        for path, leaf in jax.tree_util.tree_flatten_with_path(decoder)[0]:
+            name, place = _place(path)
+            layers = {f"{name}.{repeat * decoder.config.period + place}": np.asarray(part) for repeat, part in enumerate(leaf)}
+            arrays |= layers if name.startswith("layers") else {name: np.asarray(leaf)}
+        return arrays
+
+    return split
+
+
+def _place(path) -> tuple[str, int]:
+    """Name of a leaf without its place in the period, and that place."""
+    text = jax.tree_util.keystr(path)
+    place = re.match(r"\.layers\[(\d+)\]", text)
+    return re.sub(r"\[\d+\]|\.value|^\.", "", text), int(place[1]) if place else 0
+
+
+def _normal(seed: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
 
 
 @dataclass(frozen=True)
@@ -97,3 +138,22 @@ def _make_reference(shape: str, folder: Path) -> Reference:
 def reference(request, make_reference) -> Reference:
     """Every shape of reference in turn."""
     return make_reference(request.param)
+
+
+class NumberTokenizer:
+    """A tokenizer whose texts are the token ids, written out."""
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(number) for number in text.split()] for text in texts]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+    def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        return " ".join(f"1 {turn['content']} 2" for turn in turns) + " 3"
+
+
+@pytest.fixture(scope="session")
+def number_tokenizer() -> NumberTokenizer:
+    """Texts are token ids, written out."""
+    return NumberTokenizer()

@@ -16,7 +16,7 @@ def sae(**changes) -> SAEArrays:
 
 @pytest.mark.parametrize("changes", [{}, {"k": F}, {"activation": "jumprelu", "threshold": np.zeros(F), "k": 0}])
 def test_arrays_that_fit_are_accepted(changes):
-    sae(**changes).validate("x")
+    assert sae(**changes).validate("x") is None
 
 
 def test_sizes_are_those_of_the_encoder():
@@ -26,7 +26,16 @@ def test_sizes_are_those_of_the_encoder():
 
 @pytest.mark.parametrize(
     "name, shape",
-    [("W_enc", (F, D, 1)), ("W_enc", (0, D)), ("W_dec", (D, F)), ("W_dec", (F, D, 1)), ("b_enc", (D,)), ("b_dec", (F,)), ("b_dec", ()), ("threshold", (1,))],
+    [
+        ("W_enc", (F, D, 1)),
+        ("W_enc", (0, D)),
+        ("W_dec", (D, F)),
+        ("W_dec", (F, D, 1)),
+        ("b_enc", (D,)),
+        ("b_dec", (F,)),
+        ("b_dec", ()),
+        ("threshold", (1,)),
+    ],
 )
 def test_a_shape_that_disagrees_is_named(name, shape):
     with pytest.raises(ShapeError, match=f"somewhere: {name} has shape"):

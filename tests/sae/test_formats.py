@@ -132,7 +132,9 @@ def test_files_of_other_formats_are_refused_by_name(tmp_path):
     weights = {"encoder.weight": torch.ones(4, 2), "encoder.bias": torch.ones(4), "decoder.weight": torch.ones(2, 4), "b_dec": torch.ones(2)}
     torch.save({**weights, "k": torch.tensor(2, dtype=torch.int32)}, tmp_path / "ae.pt")
     torch.save({"step": 3, "ae": weights, "optimizer": {"state": {0: {"step": 1.0}}}, "config": {}}, tmp_path / "checkpoint.pt")
-    save_file({"encoder.weight": np.ones((4, 2)), "encoder.bias": np.ones(4), "W_dec": np.ones((4, 2)), "b_dec": np.ones(2)}, tmp_path / "sae.safetensors")
+    save_file(
+        {"encoder.weight": np.ones((4, 2)), "encoder.bias": np.ones(4), "W_dec": np.ones((4, 2)), "b_dec": np.ones(2)}, tmp_path / "sae.safetensors"
+    )
     (tmp_path / "params.npz").write_bytes(b"PK")
     for file, expected in (
         ("ae.pt", r"dictionary_learning \(TopK or BatchTopK\)"),

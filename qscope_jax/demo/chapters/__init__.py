@@ -1,0 +1,5 @@
+"""The tour's chapters, in order: each is a module with a `TITLE` and a function `run(tour)` that returns its results."""
+
+from qscope_jax.demo.chapters import languages, sentence, steering, training
+
+CHAPTERS = (training, sentence, languages, steering)

@@ -1,0 +1,147 @@
+"""What texts light up: sparse codes token by token, and their sums by text and by feature."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from qscope_jax.errors import InputError
+from qscope_jax.models.language_model import LanguageModel, forward
+from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
+from qscope_jax.sae.filtering import MAX_NORM_MULTIPLE, ordinary_tokens
+from qscope_jax.sae.layer_sae import LayerSAE
+
+BATCH_TEXTS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """Sparse codes of B texts at one layer, on the host.
+
+    Attributes:
+        layer: 0-based layer.
+        num_features: F.
+        texts: The texts.
+        token_ids: Tokens of each text, without padding.
+        values: For each text [T, K], activations; 0 is an empty slot.
+        indices: For each text [T, K], the features they belong to.
+        norms: For each text [T], norm of the residual stream.
+        counted: For each text [T], tokens that count: not the first, not an outlier of the norm (unless asked for).
+    """
+
+    layer: int
+    num_features: int
+    texts: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    values: tuple[Float[np.ndarray, "T K"], ...]
+    indices: tuple[Int[np.ndarray, "T K"], ...]
+    norms: tuple[Float[np.ndarray, " T"], ...]
+    counted: tuple[Bool[np.ndarray, " T"], ...]
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.texts)
+
+    def activation(self, text: int, feature: int) -> Float[np.ndarray, " T"]:
+        """Activation of a feature at every token of a text."""
+        return np.where(self.indices[text] == feature, self.values[text], 0).sum(axis=1)
+
+    def text_sums(self) -> tuple[Float[np.ndarray, "B F"], Int[np.ndarray, "B F"], Int[np.ndarray, " B"]]:
+        """For each text and feature the summed activation and the number of firing tokens, and each text's number of counted tokens."""
+        sums = np.zeros((len(self), self.num_features))
+        fires = np.zeros((len(self), self.num_features), np.int64)
+        tokens = np.array([int(counted.sum()) for counted in self.counted])
+        for row, (values, indices, counted) in enumerate(zip(self.values, self.indices, self.counted, strict=True)):
+            active = values[counted] > 0
+            np.add.at(sums[row], indices[counted][active], values[counted][active])
+            np.add.at(fires[row], indices[counted][active], 1)
+        return sums, fires, tokens
+
+    def text_means(self) -> Float[np.ndarray, "B F"]:
+        """Mean activation of every feature over each text's counted tokens; 0 for a text without any."""
+        sums, _, tokens = self.text_sums()
+        return sums / np.maximum(tokens, 1)[:, None]
+
+    def means(self) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, " F"]]:
+        """Mean activation and firing rate of every feature over all counted tokens."""
+        sums, fires, tokens = self.text_sums()
+        total = max(int(tokens.sum()), 1)
+        return sums.sum(axis=0) / total, fires.sum(axis=0) / total
+
+    def top(self, text: int, count: int, *, by: str = "max") -> list[tuple[int, float]]:
+        """Strongest features of a text over its counted tokens, by `max` or `mean` activation, strongest first."""
+        if by not in ("max", "mean"):
+            raise InputError(f"rank features by 'max' or 'mean', not {by!r}")
+        counted = self.counted[text] if self.counted[text].any() else np.ones_like(self.counted[text])
+        scores = np.zeros(self.num_features)
+        values, indices = self.values[text][counted], self.indices[text][counted]
+        (np.maximum if by == "max" else np.add).at(scores, indices.ravel(), values.ravel())
+        scores /= 1 if by == "max" else counted.sum()
+        best = np.argsort(-scores, kind="stable")[:count]
+        return [(int(feature), float(scores[feature])) for feature in best if scores[feature] > 0]
+
+
+def read_features(
+    model: LanguageModel,
+    saes: Sequence[LayerSAE],
+    texts: Sequence[str],
+    *,
+    drop_first: bool = True,
+    max_norm_multiple: float = MAX_NORM_MULTIPLE,
+) -> dict[int, Readout]:
+    """Read texts through one or several SAEs; one model pass a batch serves all of them and stops at the highest.
+
+    Args:
+        model: The model.
+        saes: SAEs of distinct layers.
+        texts: Texts.
+        drop_first: Do not count the first token of a text (it is read all the same).
+        max_norm_multiple: Do not count tokens whose norm exceeds this multiple of the batch's median; 0 counts all.
+
+    Returns:
+        A readout for each layer.
+
+    Raises:
+        ShapeError: an SAE does not fit the model.
+        InputError: an empty text, or a layer out of range.
+    """
+    if not saes:
+        raise InputError("no SAE given to read features with")
+    for sae in saes:
+        sae.check_width(model.config.d_model, model.name)
+        model.check_layer(sae.layer)
+    parts: dict[int, list[tuple]] = {sae.layer: [] for sae in saes}
+    taps = jnp.asarray([sae.layer for sae in saes], jnp.int32)
+    for start in range(0, len(texts), BATCH_TEXTS):
+        batch = model.batch(texts[start : start + BATCH_TEXTS])
+        with jax.set_mesh(model.mesh):
+            out = forward(model.decoder, batch.tokens_BT, batch.segment_ids_BT, (), taps, stop_after=max(parts))
+            assert out.residuals is not None
+            for sae, x in zip(saes, out.residuals, strict=True):
+                code, norms, counted = _read(sae.autoencoder, x, jnp.asarray(batch.segment_ids_BT), max_norm_multiple, drop_first)
+                shape = (*batch.tokens_BT.shape, -1)
+                arrays = [np.asarray(a) for a in (code.values.reshape(shape), code.indices.reshape(shape), norms, counted)]
+                for row, length in enumerate((batch.segment_ids_BT > 0).sum(axis=1)):
+                    parts[sae.layer].append((tuple(batch.tokens_BT[row, :length].tolist()), *(a[row, :length] for a in arrays)))
+    return {
+        sae.layer: Readout(sae.layer, sae.num_features, tuple(texts), *(tuple(column) for column in zip(*parts[sae.layer], strict=True)))
+        for sae in saes
+    }
+
+
+def token_texts(model: LanguageModel, token_ids: Sequence[int]) -> list[str]:
+    """What each token reads as by itself; part of a character shows as the replacement sign."""
+    return [model.tokenizer.decode([token]) for token in token_ids]
+
+
+def _read_batch(
+    sae: SparseAutoencoder, x_BTD: jax.Array, segment_ids: jax.Array, max_norm_multiple: float, drop_first: bool
+) -> tuple[SparseCode, jax.Array, jax.Array]:
+    counted = ordinary_tokens(x_BTD, segment_ids, max_norm_multiple=max_norm_multiple, drop_first=drop_first)
+    return sae.encode(x_BTD.reshape(-1, x_BTD.shape[-1])), jnp.linalg.norm(x_BTD.astype(jnp.float32), axis=-1), counted
+
+
+_read = jax.jit(_read_batch, static_argnames=("max_norm_multiple", "drop_first"))

@@ -1,0 +1,1 @@
+"""Programs that plan and run work on TPU pods."""
