@@ -7,12 +7,14 @@ not hold k.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from qscope_jax.data.files import atomic_path
 from qscope_jax.data.hub import open_source
 from qscope_jax.errors import InputError, QscopeError, SourceError
 from qscope_jax.sae import qwen_scope, safetensors_format
@@ -46,23 +48,24 @@ def convert(source: str, destination: Path, to: str, layers: str = "all", k: int
     """
     if destination.exists() and not overwrite:
         raise SourceError(f"{destination}: exists; pass --overwrite to replace it")
+    if destination.resolve() in (Path(source).expanduser().resolve(), *Path(source).expanduser().resolve().parents):
+        raise InputError(f"{destination}: holds the source, which would be lost; choose another folder")
     available = list_sae_layers(source)
     chosen = available if layers == "all" else _parse(layers)
     if missing := sorted(set(chosen) - set(available)):
-        raise InputError(f"{source}: has no layer {missing[0]}; it has {available[0]} to {available[-1]}")
+        raise InputError(f"{source}: has no layer {missing[0]}; it has {', '.join(map(str, available))}")
     if to == "safetensors":
         safetensors_format.write_folder(destination, _Layers(source, chosen, k))
-    for layer in chosen:
-        arrays = read_sae_arrays(source, layer, k=k)
-        if to == "qwen_scope":
-            qwen_scope.write_layer(destination / f"layer{layer}.sae.pt", arrays)
-        written = (
-            safetensors_format.read_layer(open_source(destination), layer)
-            if to == "safetensors"
-            else qwen_scope.read_layer(open_source(destination), layer, k=arrays.k)
-        )
-        _verify(arrays, written, f"{destination}: layer {layer}")
-        print(f"layer {layer}: {arrays.num_features} features of width {arrays.d_model}, k {arrays.k}, read back equal")
+        for layer in chosen:
+            written = safetensors_format.read_layer(open_source(destination), layer)
+            _verify(read_sae_arrays(source, layer, k=k), written, f"{destination}: layer {layer}")
+        return chosen
+    with atomic_path(destination, directory=True) as folder:
+        for layer in chosen:
+            arrays = read_sae_arrays(source, layer, k=k)
+            _check_name(destination, arrays)
+            qwen_scope.write_layer(folder / f"layer{layer}.sae.pt", arrays)
+            _verify(arrays, qwen_scope.read_layer(open_source(folder), layer, k=arrays.k), f"{destination}: layer {layer}")
     return chosen
 
 
@@ -82,18 +85,41 @@ class _Layers(Mapping[int, SAEArrays]):
         return len(self._layers)
 
 
+def _check_name(destination: Path, arrays: SAEArrays) -> None:
+    """Check that a folder named like a release will be read as what it holds."""
+    name = qwen_scope.ReleaseName.parse(destination)
+    if name is not None and (name.num_features, name.k) != (arrays.num_features, arrays.k):
+        raise InputError(
+            f"{destination}: says {name.num_features} features and k {name.k}, the SAEs have {arrays.num_features} and {arrays.k}; rename the folder"
+        )
+
+
 def _verify(expected: SAEArrays, written: SAEArrays, where: str) -> None:
+    settings = ("k", "activation", "apply_b_dec_to_input")
+    differing = [name for name in settings if getattr(expected, name) != getattr(written, name)]
     for name, array in expected.tensors().items():
-        if not np.array_equal(array, written.tensors()[name]):
-            raise SourceError(f"{where}: {name} differs after writing; the disk or the file system is at fault")
+        back = written.tensors()[name]
+        # Qwen-Scope's files are float32, which holds narrower types exactly. Compared as bytes: 0.0 equals -0.0.
+        if not np.array_equal(_bytes(array.astype(back.dtype, casting="safe", copy=False)), _bytes(back)):
+            differing.append(name)
+    if differing:
+        raise SourceError(f"{where}: {differing[0]} differs after writing; the disk or the file system is at fault")
+    print(f"{where}: {expected.num_features} features of width {expected.d_model}, k {expected.k}, read back equal")
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.uint8)
 
 
 def _parse(layers: str) -> list[int]:
-    try:
-        ranges = [part.split("-") for part in layers.split(",")]
-        return sorted({layer for part in ranges for layer in range(int(part[0]), int(part[-1]) + 1)})
-    except ValueError:
-        raise InputError(f"--layers {layers!r}: write all, 5, 0-3 or 0-3,7") from None
+    chosen: set[int] = set()
+    for part in layers.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip(), re.ASCII)
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not span:
+            raise InputError(f"--layers {layers!r}: write all, 5, 0-3 or 0-3,7")
+        chosen.update(span)
+    return sorted(chosen)
 
 
 if __name__ == "__main__":

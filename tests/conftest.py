@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jaxtyping
@@ -24,7 +25,7 @@ def tiny_config() -> Callable[..., ModelConfig]:
     """
 
     def make(layers: int = 3, **changes) -> ModelConfig:
-        fields = dict(
+        fields: dict[str, Any] = dict(
             family="qwen3", vocab_size=97, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=12, rope_theta=1e4, norm_eps=1e-6,
             mixers=("full_attention",) * layers, feed_forwards=("dense",) * layers, max_positions=1024, dtype="float32",
         )  # fmt: skip
@@ -63,7 +64,7 @@ def count_compilations() -> Callable[[], contextlib.AbstractContextManager[Compi
     def counting() -> Iterator[Compilations]:
         compilations = Compilations()
 
-        def note(event: str, duration: float, **attributes: object) -> None:
+        def note(event: str, duration_secs: float, **attributes: str | int) -> None:
             compilations.count += event == _COMPILE_EVENT
 
         jax.monitoring.register_event_duration_secs_listener(note)

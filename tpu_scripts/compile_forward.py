@@ -57,8 +57,12 @@ def plan(arguments: argparse.Namespace) -> list[str]:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices
     except Exception as error:  # libtpu raises plain RuntimeErrors of several kinds
-        raise ConfigError(f"topology {arguments.topology}: cannot be described ({str(error).splitlines()[0]}); is libtpu installed?") from error
+        raise ConfigError(f"topology {arguments.topology}: cannot be described ({_first_line(error)}); is libtpu installed?") from error
     mesh = make_mesh(arguments.mesh, list(devices))
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if arguments.batch < 1 or arguments.batch % rows or arguments.length < 1 or not 1 <= arguments.taps <= config.num_layers:
+        found = f"batch {arguments.batch}, length {arguments.length}, taps {arguments.taps}"
+        raise ConfigError(f"{found}: expected a batch that {rows} shards of rows divide, a positive length, and 1 to {config.num_layers} taps")
     abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
 
     def place(path: object, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -69,7 +73,11 @@ def plan(arguments: argparse.Namespace) -> list[str]:
     tokens = jax.ShapeDtypeStruct((arguments.batch, arguments.length), jnp.int32, sharding=batch_sharding(mesh, 2))
     taps = jax.ShapeDtypeStruct((arguments.taps,), jnp.int32, sharding=replicated(mesh))
     start = time.perf_counter()
-    compiled = jax.jit(lambda model, t, p: model(t, taps=p, logits="last")).lower(decoder, tokens, taps).compile()
+    lowered = jax.jit(lambda model, t, p: model(t, taps=p, logits="last")).lower(decoder, tokens, taps)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"{arguments.topology}: the forward pass does not compile ({_first_line(error)}); try another mesh or batch") from error
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     gib = {name: getattr(memory, f"{name}_size_in_bytes") / 2**30 for name in ("argument", "temp", "output")}
@@ -77,6 +85,10 @@ def plan(arguments: argparse.Namespace) -> list[str]:
         f"{config.family}, {config.num_layers} layers, width {config.d_model}, on {arguments.topology} ({mesh.size} of {len(devices)} chips, {arguments.mesh})",
         f"compiled in {seconds:.1f} s; each chip holds {gib['argument']:.2f} GiB of arguments, {gib['temp']:.2f} of temporaries, {gib['output']:.2f} of output",
     ]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def documents(count: int, seed: int = 0, *, mixed_share: float = 0.04) -> list[s
     Args:
         count: How many.
         seed: Of every choice.
-        mixed_share: Share of documents that mix two languages, so that a change of language is possible but rare.
+        mixed_share: Share of the documents that are not Python's which mix two languages, so that a change of language is possible but rare.
     """
     return list(_documents(count, random.Random(seed), mixed_share))
 

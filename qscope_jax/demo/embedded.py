@@ -27,13 +27,13 @@ class TinySAESettings:
 
     num_features: int = 768
     """F, six times the model's width."""
-    k: int = 32
+    k: int = 56
     """Active features a token."""
     steps: int = 400
     """Optimiser steps."""
     batch_tokens: int = 1024
     """Tokens a step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     """Peak rate; the released SAEs' rule is for runs a thousand times longer."""
     dead_after_tokens: int = 40_960
     """A feature is dead when it has not fired for so many tokens: 40 batches."""

@@ -64,8 +64,8 @@ def compare(a: Readout, b: Readout) -> Comparison:
     """
     if (a.layer, a.num_features) != (b.layer, b.num_features):
         raise ShapeError(f"cannot compare layer {a.layer} ({a.num_features} features) with layer {b.layer} ({b.num_features} features)")
-    tokens = tuple(int(sum(c.sum() for c in readout.counted)) for readout in (a, b))
+    tokens = a.counted_tokens, b.counted_tokens
     if not all(tokens):
         raise InputError("one side has no token that counts: its first token is left out; give longer texts, or keep first tokens")
     (mean_a, rate_a), (mean_b, rate_b) = a.means(), b.means()
-    return Comparison(a.layer, mean_a, mean_b, rate_a, rate_b, (tokens[0], tokens[1]))
+    return Comparison(a.layer, mean_a, mean_b, rate_a, rate_b, tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from qscope_jax.errors import InputError
+from qscope_jax.errors import InputError, ShapeError
 from qscope_jax.features.readout import Readout
 
 
@@ -20,10 +20,16 @@ def monolinguality(readouts: Mapping[str, Readout]) -> dict[str, Float[np.ndarra
     Over all languages the nu of a feature sum to 0.
 
     Raises:
-        InputError: fewer than two languages.
+        InputError: fewer than two languages, or one of them has no token that counts.
+        ShapeError: readouts of different layers or dictionaries.
     """
     if len(readouts) < 2:
         raise InputError(f"monolinguality needs at least two languages, got {len(readouts)}")
+    if len(kinds := {(readout.layer, readout.num_features) for readout in readouts.values()}) > 1:
+        found = " and ".join(f"layer {layer} ({features} features)" for layer, features in sorted(kinds))
+        raise ShapeError(f"readouts are of {found}; give those of one SAE")
+    if silent := [language for language, readout in readouts.items() if not readout.counted_tokens]:
+        raise InputError(f"no token of language {silent[0]} counts: the first token of a text is left out; give longer texts")
     means = {language: readout.means()[0] for language, readout in readouts.items()}
     total = np.sum(list(means.values()), axis=0)
     return {language: mean - (total - mean) / (len(means) - 1) for language, mean in means.items()}
@@ -41,9 +47,14 @@ class Detector:
     """Balanced accuracy on the texts that chose feature and threshold."""
 
     def predict(self, readout: Readout) -> Bool[np.ndarray, " B"]:
-        """Whether each text is of the language."""
-        scores = np.array([readout.activation(row, self.feature)[readout.counted[row]].sum() for row in range(len(readout))])
-        return scores / np.maximum([c.sum() for c in readout.counted], 1) > self.threshold
+        """Whether each text is of the language.
+
+        Raises:
+            ShapeError: the readout is of another layer.
+        """
+        if readout.layer != self.layer:
+            raise ShapeError(f"the detector of {self.language} reads layer {self.layer}, the readout is of layer {readout.layer}")
+        return _text_means(readout, self.feature) > self.threshold
 
 
 def fit_detector(language: str, readouts: Mapping[str, Readout], *, candidates: int = 20) -> Detector:
@@ -53,39 +64,56 @@ def fit_detector(language: str, readouts: Mapping[str, Readout], *, candidates: 
         language: The language to tell from all others.
         readouts: Training texts of every language at one layer.
         candidates: Features tried, in order of monolinguality.
+
+    Raises:
+        InputError: there are no readouts of the language, or of it alone, or no candidate.
+        ShapeError: readouts of different layers or dictionaries.
     """
+    if language not in readouts:
+        raise InputError(f"no readout of language {language!r}; there are {', '.join(readouts)}")
+    if candidates < 1:
+        raise InputError(f"{candidates} candidates to choose a feature from; give at least 1")
     nu = monolinguality(readouts)[language]
     truth = np.concatenate([np.full(len(readout), name == language) for name, readout in readouts.items()])
-    scores_BF = np.concatenate([readout.text_means() for readout in readouts.values()])
     layer = readouts[language].layer
     best = Detector(language, layer, int(np.argmax(nu)), 0.0, 0.0)
     for feature in np.argsort(-nu, kind="stable")[:candidates]:
-        threshold, accuracy = best_threshold(scores_BF[:, feature], truth)
+        threshold, accuracy = best_threshold(np.concatenate([_text_means(readout, int(feature)) for readout in readouts.values()]), truth)
         if accuracy > best.train_accuracy:
             best = Detector(language, layer, int(feature), threshold, accuracy)
     return best
 
 
 def best_threshold(scores: Float[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]) -> tuple[float, float]:
-    """Threshold (between two scores) of highest balanced accuracy for `score > threshold`, and that accuracy."""
+    """Threshold of highest balanced accuracy for `score > threshold`, midway between two scores, and that accuracy.
+
+    Where no cut between scores does better than chance, it is the highest score, which calls every text negative.
+
+    Raises:
+        InputError: the texts are not of both kinds.
+    """
+    _check_both(truth)
     order = np.argsort(scores, kind="stable")
     sorted_scores, sorted_truth = scores[order], truth[order]
-    positives, negatives = max(int(truth.sum()), 1), max(int((~truth).sum()), 1)
-    # Cut after item i: everything up to i is called negative.
-    hits = 1 - np.cumsum(sorted_truth) / positives
-    rejections = np.cumsum(~sorted_truth) / negatives
+    # Cut after item i: everything up to i is called negative. Equal scores cannot be parted.
+    hits = 1 - np.cumsum(sorted_truth) / truth.sum()
+    rejections = np.cumsum(~sorted_truth) / (~truth).sum()
     accuracy = (hits + rejections) / 2
-    possible = np.append(sorted_scores[1:] > sorted_scores[:-1], False)
-    if not possible.any():
-        return float(sorted_scores[-1]), 0.5
+    possible = np.append(sorted_scores[1:] > sorted_scores[:-1], True)
     cut = int(np.argmax(np.where(possible, accuracy, -1.0)))
-    return float((sorted_scores[cut] + sorted_scores[cut + 1]) / 2), float(accuracy[cut])
+    below, above = sorted_scores[cut], sorted_scores[min(cut + 1, len(scores) - 1)]
+    middle = (below + above) / 2
+    # Between neighbouring floating-point numbers there is nothing: the mean may round up to the higher.
+    return float(middle if middle < above else below), float(accuracy[cut])
 
 
 def balanced_accuracy(predicted: Bool[np.ndarray, " B"], truth: Bool[np.ndarray, " B"]) -> float:
-    """Mean of the shares of positives and of negatives that are called right."""
-    if truth.all() or not truth.any():
-        raise InputError("balanced accuracy needs texts of both kinds")
+    """Mean of the shares of positives and of negatives that are called right.
+
+    Raises:
+        InputError: the texts are not of both kinds.
+    """
+    _check_both(truth)
     return float((predicted[truth].mean() + (~predicted[~truth]).mean()) / 2)
 
 
@@ -101,3 +129,12 @@ def rank_features(nu: Float[np.ndarray, " F"], count: int) -> Int[np.ndarray, " 
     return np.argsort(-nu, kind="stable")[:count]
 
 
+def _text_means(readout: Readout, feature: int) -> Float[np.ndarray, " B"]:
+    """Mean activation of one feature over each text's counted tokens; 0 for a text without any."""
+    sums = [readout.activation(text, feature)[counted].sum(dtype=np.float64) for text, counted in enumerate(readout.counted)]
+    return np.array(sums, np.float64) / np.maximum([counted.sum() for counted in readout.counted], 1)
+
+
+def _check_both(truth: Bool[np.ndarray, " B"]) -> None:
+    if truth.all() or not truth.any():
+        raise InputError("balanced accuracy needs texts of both kinds: of the language and of others")

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from qscope_jax.data.batches import pad_batch
+from qscope_jax.data.buckets import bucket_length
 from qscope_jax.errors import InputError
 from qscope_jax.models.language_model import LanguageModel, forward
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
@@ -36,17 +38,24 @@ class Readout:
     num_features: int
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
-    values: tuple[Float[np.ndarray, "T K"], ...]
-    indices: tuple[Int[np.ndarray, "T K"], ...]
-    norms: tuple[Float[np.ndarray, " T"], ...]
-    counted: tuple[Bool[np.ndarray, " T"], ...]
+    # T differs from text to text.
+    values: tuple[Float[np.ndarray, "_T K"], ...]
+    indices: tuple[Int[np.ndarray, "_T K"], ...]
+    norms: tuple[Float[np.ndarray, " _T"], ...]
+    counted: tuple[Bool[np.ndarray, " _T"], ...]
 
     def __len__(self) -> int:
         """B."""
         return len(self.texts)
 
     def activation(self, text: int, feature: int) -> Float[np.ndarray, " T"]:
-        """Activation of a feature at every token of a text."""
+        """Activation of a feature at every token of a text.
+
+        Raises:
+            InputError: there is no such feature.
+        """
+        if not 0 <= feature < self.num_features:
+            raise InputError(f"feature {feature} is out of range; the readout of layer {self.layer} has features 0 to {self.num_features - 1}")
         return np.where(self.indices[text] == feature, self.values[text], 0).sum(axis=1)
 
     def text_sums(self) -> tuple[Float[np.ndarray, "B F"], Int[np.ndarray, "B F"], Int[np.ndarray, " B"]]:
@@ -54,10 +63,8 @@ class Readout:
         sums = np.zeros((len(self), self.num_features))
         fires = np.zeros((len(self), self.num_features), np.int64)
         tokens = np.array([int(counted.sum()) for counted in self.counted])
-        for row, (values, indices, counted) in enumerate(zip(self.values, self.indices, self.counted, strict=True)):
-            active = values[counted] > 0
-            np.add.at(sums[row], indices[counted][active], values[counted][active])
-            np.add.at(fires[row], indices[counted][active], 1)
+        for text in range(len(self)):
+            self._add_text(text, sums[text], fires[text])
         return sums, fires, tokens
 
     def text_means(self) -> Float[np.ndarray, "B F"]:
@@ -67,12 +74,18 @@ class Readout:
 
     def means(self) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, " F"]]:
         """Mean activation and firing rate of every feature over all counted tokens."""
-        sums, fires, tokens = self.text_sums()
-        total = max(int(tokens.sum()), 1)
-        return sums.sum(axis=0) / total, fires.sum(axis=0) / total
+        sums, fires = np.zeros(self.num_features), np.zeros(self.num_features, np.int64)
+        for text in range(len(self)):
+            self._add_text(text, sums, fires)
+        return sums / max(self.counted_tokens, 1), fires / max(self.counted_tokens, 1)
+
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens that count, of all texts."""
+        return int(sum(counted.sum() for counted in self.counted))
 
     def top(self, text: int, count: int, *, by: str = "max") -> list[tuple[int, float]]:
-        """Strongest features of a text over its counted tokens, by `max` or `mean` activation, strongest first."""
+        """Strongest features of a text, by `max` or `mean` activation over its counted tokens (over all, where none counts), strongest first."""
         if by not in ("max", "mean"):
             raise InputError(f"rank features by 'max' or 'mean', not {by!r}")
         counted = self.counted[text] if self.counted[text].any() else np.ones_like(self.counted[text])
@@ -82,6 +95,14 @@ class Readout:
         scores /= 1 if by == "max" else counted.sum()
         best = np.argsort(-scores, kind="stable")[:count]
         return [(int(feature), float(scores[feature])) for feature in best if scores[feature] > 0]
+
+    def _add_text(self, text: int, sums_F: np.ndarray, fires_F: np.ndarray) -> None:
+        """Add a text's activations and firing tokens to running sums."""
+        counted = self.counted[text]
+        values, indices = self.values[text][counted], self.indices[text][counted]
+        active = values > 0
+        np.add.at(sums_F, indices[active], values[active])
+        np.add.at(fires_F, indices[active], 1)
 
 
 def read_features(
@@ -106,17 +127,22 @@ def read_features(
 
     Raises:
         ShapeError: an SAE does not fit the model.
-        InputError: an empty text, or a layer out of range.
+        InputError: no text, an empty text, or a layer out of range or given twice.
     """
     if not saes:
         raise InputError("no SAE given to read features with")
+    layers = [sae.layer for sae in saes]
+    if len(set(layers)) != len(layers):
+        raise InputError(f"SAEs of layers {layers}: give of each layer one; read two of a layer in two calls")
     for sae in saes:
         sae.check_width(model.config.d_model, model.name)
         model.check_layer(sae.layer)
-    parts: dict[int, list[tuple]] = {sae.layer: [] for sae in saes}
-    taps = jnp.asarray([sae.layer for sae in saes], jnp.int32)
-    for start in range(0, len(texts), BATCH_TEXTS):
-        batch = model.batch(texts[start : start + BATCH_TEXTS])
+    parts: dict[int, list[tuple]] = {layer: [] for layer in layers}
+    taps = jnp.asarray(layers, jnp.int32)
+    ids = model.tokenize(texts)
+    for start in range(0, len(ids), BATCH_TEXTS):
+        rows = ids[start : start + BATCH_TEXTS]
+        batch = pad_batch(rows, length=bucket_length(max(map(len, rows))))
         with jax.set_mesh(model.mesh):
             out = forward(model.decoder, batch.tokens_BT, batch.segment_ids_BT, (), taps, stop_after=max(parts))
             assert out.residuals is not None

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 
 import regex
 
+from qscope_jax.errors import InputError
+
 SCRIPTS = ("Latin", "Han", "Cyrillic", "Hangul", "Arabic")
-_PATTERNS = {script: regex.compile(rf"\p{{Script={script}}}") for script in SCRIPTS}
+# Scripts have digits and signs of their own, which are no letters.
+_PATTERNS = {script: regex.compile(rf"(?=\p{{L}})\p{{Script={script}}}") for script in SCRIPTS}
 _LETTER = regex.compile(r"\p{L}")
 
 
@@ -15,7 +18,12 @@ def script_share(texts: str | Sequence[str], script: str) -> float:
     Args:
         texts: One text, or several that are counted together.
         script: One of `SCRIPTS`.
+
+    Raises:
+        InputError: another script.
     """
+    if script not in SCRIPTS:
+        raise InputError(f"script is {script!r}, expected one of {', '.join(SCRIPTS)}")
     joined = texts if isinstance(texts, str) else "\n".join(texts)
     letters = len(_LETTER.findall(joined))
     return len(_PATTERNS[script].findall(joined)) / letters if letters else 0.0

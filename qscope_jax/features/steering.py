@@ -4,6 +4,7 @@
 Edits are passed to `LanguageModel.generate`, `.logits` or `.residuals`; every number in them may change without a compilation.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qscope_jax.errors import InputError
+from qscope_jax.errors import InputError, ShapeError
 from qscope_jax.models.edits import AddDirections, Edit, ProjectOut, where
 from qscope_jax.models.language_model import Completion, LanguageModel
 from qscope_jax.models.sampling import SamplingConfig
@@ -46,18 +47,17 @@ def steer(
         phase: `prefill`, `decode` or `both`.
 
     Raises:
-        InputError: a feature out of range, strengths that do not match the features or are not finite, an unknown unit.
+        InputError: a feature out of range, strengths that do not match the features or are not finite, an unknown unit, a norm that is
+            missing or not positive.
     """
-    chosen = [features] if isinstance(features, int | np.integer) else list(features)
-    if not chosen:
-        raise InputError("no feature given to steer with")
-    directions_WD = jnp.stack([sae.direction(int(feature)) for feature in chosen])
+    chosen = _chosen(sae, features)
+    directions_WD = jnp.stack([sae.direction(feature) for feature in chosen])
     strengths_BW = _strengths(strength, len(chosen))
     if unit not in UNITS:
         raise InputError(f"unit is {unit!r}, expected one of {', '.join(UNITS)}")
     if unit == "residual":
-        if residual_norm is None:
-            raise InputError("unit 'residual' needs residual_norm; measure it with residual_norms(model, texts, layers)")
+        if residual_norm is None or not 0 < residual_norm < np.inf:
+            raise InputError(f"unit 'residual' needs residual_norm, got {residual_norm}; measure it with residual_norms(model, texts, layers)")
         strengths_BW = strengths_BW * residual_norm / np.maximum(np.linalg.norm(np.asarray(directions_WD), axis=1), 1e-12)
     return add_directions(sae.layer, directions_WD, strengths_BW, positions=positions, phase=phase)
 
@@ -70,8 +70,17 @@ def add_directions(
     positions: Positions = "all",
     phase: str = "both",
 ) -> AddDirections:
-    """Add any directions after a layer. Their number is rounded up to a power of two, so that adding one rarely compiles."""
+    """Add any directions after a layer. Their number is rounded up to a power of two, so that adding one rarely compiles.
+
+    Raises:
+        InputError: a negative layer, or strengths that do not match the directions or are not finite.
+        ShapeError: the directions are not rows of a matrix.
+    """
     directions = np.asarray(directions_WD, np.float32)
+    if directions.ndim != 2 or not directions.size:
+        raise ShapeError(f"directions have shape {directions.shape}, expected one row for each: [W, D]")
+    if layer < 0:
+        raise InputError(f"layer is {layer}, expected 0 or more")
     count, width = directions.shape
     room = 1 << (count - 1).bit_length()
     strengths_BW = _strengths(strength, count)
@@ -87,13 +96,16 @@ def add_directions(
 def clamp(
     sae: LayerSAE, features: int | Sequence[int], value: float | Sequence[float], *, positions: Positions = "all", phase: str = "both"
 ) -> ClampFeatures:
-    """Set feature activations to given values, keeping the part of the stream that the SAE does not explain."""
-    chosen = [features] if isinstance(features, int | np.integer) else list(features)
-    if len(set(chosen)) != len(chosen) or not chosen:
-        raise InputError(f"features {chosen}: give one or more, none of them twice")
-    indices = jnp.asarray([sae.check_feature(int(feature)) for feature in chosen], jnp.int32)
+    """Set feature activations to given values, keeping the part of the stream that the SAE does not explain.
+
+    Raises:
+        InputError: a feature out of range or given twice, or values that do not match the features or are not finite.
+    """
+    chosen = _chosen(sae, features)
+    if len(set(chosen)) != len(chosen):
+        raise InputError(f"features {chosen}: one of them is given twice, and would be clamped twice")
     targets = jnp.asarray(_strengths(value, len(chosen)), jnp.float32)
-    return ClampFeatures(sae.autoencoder, jnp.int32(sae.layer), indices, targets, where(positions, phase))
+    return ClampFeatures(sae.autoencoder, jnp.int32(sae.layer), jnp.asarray(chosen, jnp.int32), targets, where(positions, phase))
 
 
 def ablate(sae: LayerSAE, features: int | Sequence[int], *, positions: Positions = "all", phase: str = "both") -> ClampFeatures:
@@ -103,15 +115,24 @@ def ablate(sae: LayerSAE, features: int | Sequence[int], *, positions: Positions
 
 def project_out(sae: LayerSAE, feature: int, *, share: float = 1.0, positions: Positions = "all", phase: str = "both") -> ProjectOut:
     """Remove the stream's component along a feature's direction, whether or not the feature is active."""
-    direction = sae.direction(feature)
-    return ProjectOut(jnp.int32(sae.layer), direction, jnp.full((1,), share, jnp.float32), where(positions, phase))
+    (chosen,) = _chosen(sae, [feature])
+    return ProjectOut(jnp.int32(sae.layer), sae.direction(chosen), jnp.asarray(_strengths(share, 1)[:, 0]), where(positions, phase))
 
 
 def combine(edits: Sequence[AddDirections]) -> AddDirections:
-    """Several additions as one edit; they may sit at different layers and positions."""
+    """Several additions as one edit; they may sit at different layers and positions.
+
+    Raises:
+        InputError: no edits, or edits for batches of different sizes.
+        ShapeError: directions of different widths.
+    """
     if not edits:
         raise InputError("no edits to combine")
     rows = max(edit.strengths_BW.shape[0] for edit in edits)
+    if sizes := sorted({edit.strengths_BW.shape[0] for edit in edits} - {1, rows}):
+        raise InputError(f"edits have strengths for {sizes[0]} and for {rows} prompts; give one row for all, or one for each prompt")
+    if len(widths := sorted({edit.directions_WD.shape[1] for edit in edits})) > 1:
+        raise ShapeError(f"edits have directions of width {widths[0]} and of {widths[-1]}; they are of different models")
     strengths = [jnp.broadcast_to(edit.strengths_BW, (rows, edit.strengths_BW.shape[1])) for edit in edits]
     return AddDirections(
         jnp.concatenate([edit.layers_W for edit in edits]),
@@ -137,13 +158,16 @@ def random_features(sae: LayerSAE, count: int, *, seed: int = 0, exclude: Sequen
         alive: Optional mask [F]; only features where it is true are drawn.
 
     Raises:
-        InputError: fewer are left to draw from.
+        InputError: fewer are left to draw from, none is asked for, or a feature to exclude is out of range.
+        ShapeError: the mask is not of this SAE.
     """
-    allowed = np.ones(sae.num_features, bool) if alive is None else np.asarray(alive, bool).copy()
-    allowed[list(exclude)] = False
+    allowed = np.ones(sae.num_features, bool) if alive is None else np.array(alive, bool)
+    if allowed.shape != (sae.num_features,):
+        raise ShapeError(f"alive has shape {allowed.shape}, expected a mask of the SAE's {sae.num_features} features")
+    allowed[[sae.check_feature(int(feature)) for feature in exclude]] = False
     pool = np.flatnonzero(allowed)
-    if len(pool) < count:
-        raise InputError(f"only {len(pool)} features are left to draw {count} from")
+    if not 1 <= count <= len(pool):
+        raise InputError(f"cannot draw {count} features; {len(pool)} are left to draw from")
     return sorted(int(f) for f in np.random.default_rng(seed).choice(pool, count, replace=False))
 
 
@@ -178,19 +202,38 @@ def dose_sweep(
         sampling: How to draw.
         edits: Further edits, applied to every row.
         **settings: `unit`, `residual_norm`, `positions`, `phase` of `steer`.
+
+    Raises:
+        InputError: no strengths, one that is not finite or given twice, no list of prompts, or as `steer` and `LanguageModel.generate`.
     """
-    if not len(strengths):
-        raise InputError("no strengths given for the sweep")
-    count = 1 if isinstance(features, int | np.integer) else len(features)
-    doses_BW = np.repeat(np.asarray(strengths, np.float32), len(prompts))[:, None] * np.ones((1, count), np.float32)
+    if isinstance(prompts, str):
+        raise InputError("expected a non-empty list of texts")
+    doses = _strengths(strengths, len(strengths))[0]
+    if not len(doses) or len(set(strengths)) < len(strengths):
+        raise InputError(f"strengths {list(strengths)}: give one or more, none of them twice")
+    doses_BW = np.tile(np.repeat(doses, len(prompts))[:, None], len(_chosen(sae, features)))
     edit = steer(sae, features, doses_BW, **settings)
     rows = model.generate(list(prompts) * len(strengths), sampling, edits=(edit, *edits))
     return {float(dose): rows[i * len(prompts) : (i + 1) * len(prompts)] for i, dose in enumerate(strengths)}
 
 
+def _chosen(sae: LayerSAE, features: int | Sequence[int]) -> list[int]:
+    """Features as a list, each of them one that the SAE has."""
+    try:
+        chosen = [operator.index(feature) for feature in ([features] if isinstance(features, int | np.integer) else features)]
+    except TypeError:
+        raise InputError(f"features {features!r} are not whole numbers") from None
+    if not chosen:
+        raise InputError("no feature given; give at least one")
+    return [sae.check_feature(feature) for feature in chosen]
+
+
 def _strengths(strength: Any, count: int) -> Float[np.ndarray, "B W"]:
     """Strengths as [rows, features]; one row serves the whole batch."""
-    array = np.asarray(strength, np.float32)
+    try:
+        array = np.asarray(strength, np.float32)
+    except (TypeError, ValueError):
+        raise InputError(f"strengths {strength!r} are not numbers, or not as many for each prompt") from None
     if array.ndim == 0:
         array = np.full((1, count), array, np.float32)
     elif array.ndim == 1:

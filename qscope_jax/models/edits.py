@@ -79,7 +79,7 @@ class Where:
         return inside & context.valid_BT & phase
 
 
-def where(positions: str | int | Sequence[int] | slice = "all", phase: str = "both") -> Where:
+def where(positions: str | int | np.integer | Sequence[int] | slice = "all", phase: str = "both") -> Where:
     """Say where an edit acts.
 
     Args:
@@ -173,7 +173,7 @@ def apply_edits(x_BTD: Array, edits: tuple[Edit, ...], layer: Int[Array, ""], co
     return x_BTD
 
 
-def _ranges(positions: str | int | Sequence[int] | slice) -> list[tuple[int, int]]:
+def _ranges(positions: str | int | np.integer | Sequence[int] | slice) -> list[tuple[int, int]]:
     """First and last position of every range that the user wrote."""
     if isinstance(positions, slice):
         if positions.step not in (None, 1):

@@ -102,12 +102,15 @@ class LanguageModel:
         """
         if self.source is None:
             raise SourceError("this model was made in memory; pass tokenizer= to LanguageModel")
+        # Where no file of it exists, transformers makes an empty tokenizer of the model's type, whose every text has no tokens.
+        if not any(self.source.has(file) for file in ("tokenizer.json", "vocab.json")):
+            raise SourceError(f"{self.source.name}: has no tokenizer; put tokenizer.json and tokenizer_config.json there")
         from transformers import AutoTokenizer
 
         try:
             return AutoTokenizer.from_pretrained(self.source.folder or self.source.name, revision=self.source.revision)
         except (OSError, ValueError) as error:
-            raise SourceError(f"{self.source.name}: no usable tokenizer there; tokenizer.json and tokenizer_config.json are needed") from error
+            raise SourceError(f"{self.source.name}: its tokenizer cannot be read; mend tokenizer.json and tokenizer_config.json") from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text; Qwen tokenizers add no begin-of-sequence token.

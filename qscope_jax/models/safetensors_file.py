@@ -79,7 +79,7 @@ class TensorEntry:
         return cast
 
     def _fill(self, file: io.RawIOBase, block: np.ndarray) -> None:
-        view = memoryview(block.view(np.uint8)).cast("B")
+        view = block.view(np.uint8).data.cast("B")
         while view:
             count = file.readinto(view)
             if not count:
@@ -135,7 +135,7 @@ def write_file(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtyp
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in data:
-            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         if file.tell() != 8 + len(text) + offset:
             raise ValueError(f"{path}: wrote {file.tell()} bytes, expected {8 + len(text) + offset}")
         file.flush()

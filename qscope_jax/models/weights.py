@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: one invertible table of names, read and written by streaming slices."""
 
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import reduce
@@ -164,8 +165,9 @@ def _hf_names(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig
     return [pattern.format(repeat * config.period + place) for repeat in range(shape[0])]
 
 
-def _read(parts: list[TensorEntry], shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+def _read(parts: list[TensorEntry], shape: tuple[int, ...], dtype: np.dtype, index: Sequence[slice] | None) -> np.ndarray:
     """One device's slice of a leaf; `parts` has one tensor for each repeat when the leaf is stacked."""
+    assert index is not None
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     stacked = len(shape) > len(parts[0].shape)
     rows = bounds[1:] if stacked else bounds

@@ -1,6 +1,8 @@
 """The one mesh: axes `data`, `fsdp`, `expert`, `tensor`, all of kind Auto."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from qscope_jax.errors import ConfigError
 AXES = ("data", "fsdp", "expert", "tensor")
 
 
-def make_mesh(spec: str = "", devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """Build the mesh from a string such as `data=2,fsdp=4`.
 
     Axes that are not named have size 1; one axis may be -1 and takes the devices that are left. An empty string means one
@@ -20,7 +22,7 @@ def make_mesh(spec: str = "", devices: list[jax.Device] | None = None) -> Mesh:
     Raises:
         ConfigError: an unknown axis, a size that is no integer, or a product that does not fit the devices.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     named: set[str] = set()
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, _, size = part.partition("=")

@@ -1,11 +1,14 @@
 """Logical axis names of every parameter, and the one table that maps them to mesh axes."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qscope_jax.errors import ConfigError
+
+_Tree = TypeVar("_Tree")
 
 # Logical name -> mesh axis, for parameters. `None` is replicated.
 PARAMETER_RULES: dict[str, str | None] = {
@@ -80,7 +83,7 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(None,) * (ndim - 1)))
 
 
-def shard_tree(tree: object, mesh: Mesh) -> object:
+def shard_tree(tree: _Tree, mesh: Mesh) -> _Tree:
     """Put every array of a module onto `mesh` by its parameter name."""
     return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(x, parameter_sharding(leaf_name(path), x.shape, mesh)), tree)
 

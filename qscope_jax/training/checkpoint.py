@@ -40,29 +40,38 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, stream: StreamState) -> None:
         """Begin to save; returns as soon as the arrays are copied."""
-        items = {"state": ocp.args.StandardSave(state), "cursor": ocp.args.JsonSave(dict(stream.cursor))}  # pyright: ignore[reportCallIssue]
-        if jax.tree.leaves(stream.arrays):
-            items["stream"] = ocp.args.StandardSave(stream.arrays)  # pyright: ignore[reportCallIssue]
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        arrays = {"state": _named(state), "stream": _named(stream.arrays)}
+        place = {"cursor": dict(stream.cursor), **{item: _described(leaves) for item, leaves in arrays.items()}}
+        items = {item: ocp.args.StandardSave(leaves) for item, leaves in arrays.items() if leaves}  # pyright: ignore[reportCallIssue]
+        self._manager.save(step, args=ocp.args.Composite(place=ocp.args.JsonSave(place), **items), force=True)  # pyright: ignore[reportCallIssue]
 
-    def restore(self, abstract_state: Any, abstract_stream: Any, step: int | None = None) -> tuple[Any, StreamState]:
-        """Read a checkpoint back, the newest by default, into the shapes, dtypes and shardings of the abstract trees.
+    def restore(self, like_state: Any, like_stream: Any, step: int | None = None) -> tuple[Any, StreamState]:
+        """Read a checkpoint back, the newest by default.
+
+        Args:
+            like_state: Tree of arrays, or of `abstract` ones, whose structure, shapes, dtypes and shardings the state takes.
+            like_stream: The same for the stream's arrays.
+            step: Which checkpoint.
 
         Raises:
-            SourceError: there is none, or it is of another run.
+            SourceError: there is none, it is damaged, or it is of another run.
         """
         step = self.latest if step is None else step
         if step is None:
             raise SourceError(f"{self._folder}: holds no whole checkpoint to resume from")
-        items = {"state": ocp.args.StandardRestore(abstract_state), "cursor": ocp.args.JsonRestore()}  # pyright: ignore[reportCallIssue]
-        if jax.tree.leaves(abstract_stream):
-            items["stream"] = ocp.args.StandardRestore(abstract_stream)  # pyright: ignore[reportCallIssue]
+        trees = {"state": like_state, "stream": like_stream}
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
-            reason = str(error).splitlines()[0][:200]
+            place = self._manager.restore(step, args=ocp.args.Composite(place=ocp.args.JsonRestore()))["place"]  # pyright: ignore[reportCallIssue]
+            for item, tree in trees.items():
+                # Compared here, before anything is read: Orbax would pad or cut some arrays, cast others, and say little about the rest.
+                _check_same(place[item], _described(_named(tree)))
+            wanted = {item: ocp.args.StandardRestore(abstract(_named(tree))) for item, tree in trees.items() if _named(tree)}  # pyright: ignore[reportCallIssue]
+            found = self._manager.restore(step, args=ocp.args.Composite(**wanted))
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise SourceError(f"{self._folder}: checkpoint {step} does not fit this run ({reason}); use another folder or the run's own config") from error
-        return restored["state"], StreamState(restored.get("stream", abstract_stream), restored["cursor"])
+        restored = {item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in _named(tree)]) for item, tree in trees.items()}
+        return restored["state"], StreamState(restored["stream"], place["cursor"])
 
     def close(self) -> None:
         """Wait for saves under way."""
@@ -73,3 +82,18 @@ class Checkpoints:
 def abstract(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves by their path: what is on disk does not depend on how the containers are implemented."""
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _described(leaves: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{jax.numpy.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]" for name, leaf in leaves.items()}
+
+
+def _check_same(saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    for name in sorted({*saved, *expected}):
+        if saved.get(name) != expected.get(name):
+            raise ValueError(f"{name} is {saved.get(name, 'not there')}, this run has {expected.get(name, 'none')}")

@@ -5,22 +5,25 @@ the uninterrupted one bit for bit.
 """
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qscope_jax.data.files import atomic_path
 from qscope_jax.errors import ConfigError, SourceError
-from qscope_jax.training.checkpoint import Checkpoints, StreamState, abstract
+from qscope_jax.training.checkpoint import Checkpoints, StreamState
 
 
+@runtime_checkable
 class Stream(Protocol):
     """An endless source of batches that can say, and be told, where it stands."""
 
@@ -37,6 +40,7 @@ class Stream(Protocol):
         ...
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """What is trained."""
 
@@ -95,21 +99,27 @@ class LoopConfig:
 
 
 def train(recipe: Recipe, config: LoopConfig) -> Any:
-    """Run a recipe to its last step, or until SIGTERM, and return the final state.
+    """Run a recipe to its last step, or until SIGTERM, and return the state that it reached.
 
     Raises:
         SourceError: `run_dir` holds another run and `resume` was not asked for.
     """
-    folder = Path(config.run_dir) if config.run_dir else None
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints) if folder else None
-    if checkpoints and checkpoints.latest is not None and not config.resume:
-        raise SourceError(f"{folder}: already holds a run at step {checkpoints.latest}; resume it, or choose another run_dir")
-    state, stream, step = recipe.init(), recipe.stream(), 0
-    if checkpoints and config.resume and checkpoints.latest is not None:
-        step = checkpoints.latest
-        state, position = checkpoints.restore(abstract(state), abstract(stream.get_state().arrays))
+    if not config.run_dir:
+        return _run(recipe, config, None, None)
+    folder = Path(config.run_dir)
+    with closing(Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)) as checkpoints:
+        if checkpoints.latest is not None and not config.resume:
+            raise SourceError(f"{folder}: already holds a run at step {checkpoints.latest}; resume it, or choose another run_dir")
+        return _run(recipe, config, checkpoints, folder / "metrics.jsonl")
+
+
+def _run(recipe: Recipe, config: LoopConfig, checkpoints: Checkpoints | None, metrics_file: Path | None) -> Any:
+    state, stream, step, saved = recipe.init(), recipe.stream(), 0, -1
+    if checkpoints and checkpoints.latest is not None:
+        step = saved = checkpoints.latest
+        state, position = checkpoints.restore(state, stream.get_state().arrays)
         stream.set_state(position)
-    log = MetricsLog(folder / "metrics.jsonl" if folder else None, first_step=step)
+    log = MetricsLog(metrics_file, first_step=step)
     with _progress(recipe, config, step) as advance, _terminated() as stop:
         while step < config.steps and not stop.is_set():
             batch = next(stream)
@@ -121,10 +131,10 @@ def train(recipe: Recipe, config: LoopConfig) -> Any:
                 log.write(step, recipe.evaluate(state))
             if checkpoints and config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
                 checkpoints.save(step, state, stream.get_state())
+                saved = step
             advance(recipe.units(batch), log.last)
-    if checkpoints:
+    if checkpoints and saved != step:
         checkpoints.save(step, state, stream.get_state())
-        checkpoints.close()
     if step == config.steps:
         log.write(step, recipe.evaluate(state))
     return state
@@ -134,23 +144,34 @@ class MetricsLog:
     """Metrics as JSON lines, one object a line with its step; a resumed run cuts what was written after its checkpoint."""
 
     def __init__(self, path: Path | None, first_step: int = 0):
-        """Open the file; lines beyond `first_step` are dropped."""
+        """Open the file; lines beyond `first_step` are dropped, and the one that an interruption tore."""
         self.last: dict[str, float] = {}
         self._path = path
+        self._last_line = ""
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= first_step]
+            self._last_line = kept[-1] if kept else ""
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append a line."""
+        """Append a line, unless it is the last one already: a finished run that is resumed evaluates again."""
         if not metrics:
             return
         self.last = {**self.last, **{k: v for k, v in metrics.items() if isinstance(v, float)}}
-        if self._path is not None:
+        line = json.dumps({"step": step, **metrics})
+        if self._path is not None and line != self._last_line:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(line + "\n")
+            self._last_line = line
+
+
+def _step_of(line: str) -> int | float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _number(value: Any) -> float | list[float]:

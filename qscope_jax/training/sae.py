@@ -7,7 +7,7 @@ Loss, AuxK, initialisation and rates follow Gao et al. 2024 (arXiv 2406.04093) a
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -116,10 +116,9 @@ class SAETraining:
         for layer in activations.layers:
             model.check_layer(layer)
         self.model, self.tokens, self.activations, self.config, self.held_out = model, tokens, activations, config, held_out
-        self.optimizer = optax.adam(config.schedule())
         self.aux_k = min(max(model.config.d_model // 2, 1) if config.aux_k is None else config.aux_k, config.num_features)
         self._first: ActivationStream | None = None
-        self._step = jax.jit(partial(sae_step, self.optimizer, config, self.aux_k), donate_argnums=0)
+        self.optimizer, self._step = _compiled(config, self.aux_k)
 
     def init(self) -> tuple[SAEState, ...]:
         """One state a layer: unit random directions, tied encoder, b_dec at the geometric median of the first buffer."""
@@ -174,6 +173,13 @@ class SAETraining:
         return SAEState(sae, self.optimizer.init(sae), counters, scale)  # pyright: ignore[reportArgumentType]
 
 
+@cache
+def _compiled(config: SAEConfig, aux_k: int) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """The optimiser and the jitted step of a config; recipes of one config share the program."""
+    optimizer = optax.adam(config.schedule())
+    return optimizer, jax.jit(partial(sae_step, optimizer, config, aux_k), donate_argnums=0)
+
+
 def sae_step(
     optimizer: optax.GradientTransformation, config: SAEConfig, aux_k: int, state: SAEState, x_ND: Float[Array, "N D"]
 ) -> tuple[SAEState, dict[str, Array]]:
@@ -196,7 +202,8 @@ def sae_step(
     grads = replace_param(grads, "W_dec", _project(grads.W_dec[...], state.sae.W_dec[...]))
     norm = optax.tree.norm(grads)
     grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12)), grads)
-    updates, opt_state = optimizer.update(grads, state.optimizer, state.sae)  # pyright: ignore[reportArgumentType]
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its int32 step
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.sae)  # pyright: ignore[reportArgumentType]
     sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
     rows = sae.W_dec[...]
     sae = replace_param(sae, "W_dec", rows / (jnp.linalg.norm(rows, axis=1, keepdims=True) + 1e-8))
@@ -244,9 +251,11 @@ def sae_loss(
 
 
 def fold_scale(sae: SparseAutoencoder, scale: Float[Array, ""]) -> SparseAutoencoder:
-    """An SAE of x / scale as one of x: biases times the scale, matrices as they are, activations in raw units."""
-    sae = replace_param(sae, "b_enc", sae.b_enc[...] * scale)
-    return replace_param(sae, "b_dec", sae.b_dec[...] * scale)
+    """An SAE of x / scale as one of x: biases and thresholds times the scale, matrices as they are, activations in raw units."""
+    for name in ("b_enc", "b_dec", "threshold"):
+        if hasattr(sae, name):
+            sae = replace_param(sae, name, getattr(sae, name)[...] * scale)
+    return sae
 
 
 def replace_param(sae: Any, name: str, value: Array) -> Any:

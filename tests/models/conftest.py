@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,9 @@ def by_layer() -> Callable[[Decoder], dict[str, np.ndarray]]:
         arrays: dict[str, np.ndarray] = {}
         for path, leaf in jax.tree_util.tree_flatten_with_path(decoder)[0]:
             name, place = _place(path)
-            layers = {f"{name}.{repeat * decoder.config.period + place}": np.asarray(part) for repeat, part in enumerate(leaf)}
-            arrays |= layers if name.startswith("layers") else {name: np.asarray(leaf)}
+            array = np.asarray(leaf)
+            layers = {f"{name}.{repeat * decoder.config.period + place}": part for repeat, part in enumerate(array)}
+            arrays |= layers if name.startswith("layers") else {name: array}
         return arrays
 
     return split
@@ -83,7 +85,7 @@ def _normal(seed: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
 class Reference:
     """A transformers model with perturbed random weights, the folder that it saved, and what it computes."""
 
-    model: object
+    model: Any
     folder: Path
 
     @cached_property
@@ -122,7 +124,7 @@ def _make_reference(shape: str, folder: Path) -> Reference:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    settings = dict(_SHAPES[shape])
+    settings: dict[str, Any] = dict(_SHAPES[shape])
     rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
     config = Qwen3Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, rope_parameters=rope, **settings)
     model = Qwen3ForCausalLM(config).eval()

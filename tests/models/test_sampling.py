@@ -50,8 +50,9 @@ def test_greedy_takes_the_most_probable_token_and_the_first_of_equals(draw):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1, 0, 1), (0.5, 0, 1), (2, 0, 1), (1, 4, 1), (1, 50, 1), (1, 0, 0.6), (0.7, 0, 1e-6), (1.5, 6, 0.5), (1, 1, 1)]
-)  # fmt: skip
+    ("temperature", "top_k", "top_p"),
+    [(1, 0, 1), (0.5, 0, 1), (2, 0, 1), (1, 4, 1), (1, 50, 1), (1, 0, 0.6), (0.7, 0, 1e-6), (1.5, 6, 0.5), (1, 1, 1)],
+)
 def test_draws_follow_the_restricted_distribution(draw, logits, temperature, top_k, top_p):
     drawn = draw(np.tile(logits, (DRAWS, 1)), temperature=float(temperature), top_k=top_k, top_p=float(top_p))
     expected = expected_distribution(logits, temperature, top_k, top_p)
@@ -63,7 +64,7 @@ def test_draws_follow_the_restricted_distribution(draw, logits, temperature, top
 
 
 def test_ties_at_the_edge_of_top_k_keep_k_tokens(draw):
-    assert set(draw(np.tile(np.float32([0, 1, 1, 1]), (2000, 1)), temperature=1.0, top_k=2)) == {1, 2}
+    assert set(draw(np.tile([0.0, 1.0, 1.0, 1.0], (2000, 1)), temperature=1.0, top_k=2).tolist()) == {1, 2}
 
 
 def test_a_row_draws_by_its_own_seed_whatever_its_neighbours(draw, logits):
@@ -88,11 +89,11 @@ def test_penalty_equals_that_of_transformers(logits):
     import torch
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    tokens = np.asarray([[3, 3, 8, 1], [0, 11, 5, 5]])
+    tokens = [[3, 3, 8, 1], [0, 11, 5, 5]]
     scores = np.stack([logits, -logits])
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.from_numpy(tokens), torch.from_numpy(scores)).numpy()
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.LongTensor(tokens), torch.FloatTensor(scores)).numpy()
     seen = np.zeros(scores.shape, bool)
-    np.put_along_axis(seen, tokens, True, axis=1)
+    np.put_along_axis(seen, np.asarray(tokens), True, axis=1)
     np.testing.assert_allclose(penalise(jnp.asarray(scores), jnp.asarray(seen), jnp.float32(1.3)), expected, rtol=1e-6)
 
 
@@ -106,16 +107,26 @@ def test_settings_are_values_and_compile_nothing(draw, logits, count_compilation
     many = np.tile(logits, (8, 1))
     draw(many)
     with count_compilations() as compilations:
-        for settings in ({"temperature": 0.3}, {"top_k": 3, "temperature": 1.0}, {"top_p": 0.4, "temperature": 2.0}, {"repetition_penalty": 2.0, "seed": 5}):
-            draw(many, **settings)
+        for settings in ({"temperature": 0.3}, {"top_k": 3, "temperature": 1.0}, {"top_p": 0.4, "temperature": 2.0}):
+            draw(many, **settings, repetition_penalty=2.0, seed=5)
     assert compilations.count == 0
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("repetition_penalty", 0.0), ("max_new_tokens", 0),
-     ("seed", -1), ("seed", 2**32), ("stop_token_ids", tuple(range(17)))],
-)  # fmt: skip
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("stop_token_ids", tuple(range(17))),
+    ],
+)
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(InputError, match=f"{name} is .*, expected"):
         SamplingConfig(**{name: value})

@@ -136,14 +136,14 @@ def results(character_model, texts, config):
     return evaluate_sae(character_model, [from_arrays(random_sae(), 0), from_arrays(perfect_sae(), 2)], texts, config)
 
 
-def streams(model, texts, layer) -> list[np.ndarray]:
-    """Residual streams of every text alone."""
-    found = model.residuals(texts, [layer])
-    return [np.asarray(x[mask]) for x, mask in zip(found.values[0], found.mask, strict=True)]
+def streams(model, texts) -> list[np.ndarray]:
+    """Residual streams of every text alone, after layer 0."""
+    halves = [model.residuals(texts[start : start + 3], [0]) for start in (0, 3)]
+    return [np.asarray(x)[mask] for half in halves for x, mask in zip(half.values[0], half.mask, strict=True)]
 
 
 def test_a_model_is_measured_on_the_tokens_behind_the_first_and_on_all(character_model, texts, results):
-    rows = streams(character_model, texts, 0)
+    rows = streams(character_model, texts)
     ordinary, every = oracle(random_sae(), np.concatenate([x[1:] for x in rows])), oracle(random_sae(), np.concatenate(rows))
     expected = ordinary | {f"{name}_all": value for name, value in every.items()}
     assert {name: results[0][name] for name in expected} == pytest.approx(expected, rel=1e-4)
@@ -158,16 +158,16 @@ def test_a_perfect_sae_scores_1(results):
 
 
 def test_an_sae_that_outputs_zeros_scores_0(character_model, texts, config):
-    blank = evaluate_sae(character_model, [from_arrays(blank_sae(), 2)], texts, config)[2]
+    blank = evaluate_sae(character_model, [from_arrays(random_sae(), 0), from_arrays(blank_sae(), 2)], texts, config)[2]
     assert blank["ce_loss_score"] == pytest.approx(0, abs=1e-5) and blank["kl_div_score"] == pytest.approx(0, abs=1e-5)
     assert blank["ce_sae"] == pytest.approx(blank["ce_zero"])
     assert (blank["l0"], blank["dead_fraction"], blank["cossim"]) == (0, 1, 0)
 
 
 def test_cross_entropies_and_divergences_are_means_over_predicted_tokens(character_model, texts, results):
-    logits, mask = character_model.logits(texts)
     ids = character_model.tokenize(texts)
-    clean = [log_softmax(np.asarray(row[kept][:-1], np.float64)) for row, kept in zip(logits, mask, strict=True)]
+    halves = [character_model.logits(texts[start : start + 3]) for start in (0, 3)]
+    clean = [log_softmax(np.asarray(row, np.float64)[kept][:-1]) for logits, mask in halves for row, kept in zip(logits, mask, strict=True)]
     losses = [-row[np.arange(len(row)), i[1:]] for row, i in zip(clean, ids, strict=True)]
     assert results[0]["ce_clean"] == results[2]["ce_clean"] == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
     # A last layer put to zero predicts every token alike; first tokens keep their stream, and so their prediction.
@@ -191,7 +191,7 @@ def test_norm_outliers_count_in_the_metrics_over_all_tokens_only(character_model
     quiet = [text.replace("~", "a") for text in texts]
     noisy = [text[:4] + "~" + text[5:] for text in quiet]
     metrics = evaluate_sae(model, [from_arrays(random_sae(), 0)], noisy, config, splice=False)[0]
-    rows = streams(model, noisy, 0)
+    rows = streams(model, noisy)
     assert metrics["tokens_all"] == sum(map(len, rows)) and metrics["tokens"] == sum(len(x) - 2 for x in rows)
     kept = np.concatenate([np.delete(x, [0, 4], axis=0) for x in rows])
     assert metrics["fvu"] == pytest.approx(oracle(random_sae(), kept)["fvu"], rel=1e-4)

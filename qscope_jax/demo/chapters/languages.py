@@ -28,7 +28,7 @@ def run(tour: Tour) -> Chapter:
             accuracy[row, column] = detector_accuracy(detector, {c: readouts[detector.layer] for c, readouts in tour.held_out_readouts.items()})
         best = max(range(len(layers)), key=lambda column: detectors[column].train_accuracy)
         chosen = tour.detectors[code] = detectors[best]
-        rows.append((name, chosen.layer, chosen.feature, chosen.train_accuracy, accuracy[row, best], float(accuracy[row].max())))
+        rows.append((name, str(chosen.layer), str(chosen.feature), chosen.train_accuracy, accuracy[row, best], float(accuracy[row].max())))
         target = _TARGETS[code]
         checks.append(Check(f"one feature tells {name}", float(accuracy[row, best]), f"at least {target}", bool(accuracy[row, best] >= target)))
     nu = {layer: monolinguality({c: r[layer] for c, r in tour.readouts.items()}) for layer in layers}

@@ -36,7 +36,7 @@ def run(tour: Tour) -> Chapter:
         f"On {int(next(iter(metrics.values()))['tokens']):,} tokens of held-out sentences they leave at most {worst_fvu:.1%} of the variance "
         f"unexplained; at most {worst_dead:.1%} of features were silent over the last {settings.dead_after_tokens:,} tokens of training."
     )
-    columns = ("layer", "FVU", "L0", "cosine", "dead in training", f"silent on held-out", "CE recovered")
+    columns = ("layer", "FVU", "L0", "cosine", "dead in training", "silent on held-out", "CE recovered")
 
     def draw(page: Page) -> None:
         page.table(columns, rows, caption="Held-out sentences; first tokens and outliers of the norm left out")

@@ -1,0 +1,89 @@
+"""The program `qscope`: find the verb, read its options, run it, and turn what a user can mend into one line and exit status 2."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TextIO
+
+from qscope_jax import __version__
+from qscope_jax.errors import ConfigError, QscopeError
+
+VERBS = {
+    "demo": "take the guided tour of the embedded model's features",
+    "generate": "continue prompts",
+    "features": "show which features texts light up, and at which tokens",
+    "compare": "find the features that tell two texts or files apart",
+    "steer": "continue prompts with features added, clamped or removed",
+    "train-sae": "train sparse autoencoders on a model's residual streams",
+    "eval-sae": "measure how faithful sparse autoencoders are",
+}
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `qscope` with the given arguments (default: the program's) and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _prepare()
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except QscopeError as error:
+        print(f"qscope: error: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone; without this Python would complain when it closes the stream at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(_help())
+    elif verb == "--version":
+        print(f"qscope {__version__}")
+    elif verb not in VERBS:
+        raise ConfigError(f"unknown verb {verb!r}; verbs are {', '.join(VERBS)}")
+    else:
+        from qscope_jax.cli.options import help_text, parse
+
+        module = import_module(f"qscope_jax.cli.{verb.replace('-', '_')}")
+        if "-h" in arguments or "--help" in arguments:
+            print(help_text(verb, module.Config))
+        else:
+            module.run(parse(verb, module.Config, arguments[1:]))
+
+
+def _help() -> str:
+    """What `qscope --help` prints; it fits a terminal of 24 lines and 80 columns."""
+    verbs = "\n".join(f"  {name:<10} {sentence}" for name, sentence in VERBS.items())
+    return (
+        "usage: qscope VERB [OPTIONS]\n\nRead, steer and train on the features of Qwen models.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        'Start with:  qscope demo\n             qscope generate "My grandmother made tea"\n\n'
+        "Models and SAEs are folders or hub ids; `tiny` is the embedded pair.\n"
+        "qscope VERB --help lists a verb's options, which --config FILE.yaml can set too.\n"
+        "qscope --version prints the version."
+    )
+
+
+def _prepare() -> None:
+    """Keep libraries from writing advice to stderr, and a terminal that lacks a character from ending the program."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    out: TextIO = sys.stdout
+    reconfigure = getattr(out, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*[\r\n]+\s*", " ", text).strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

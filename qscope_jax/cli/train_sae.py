@@ -1,0 +1,209 @@
+"""`qscope train-sae`: train SAEs on a model's residual streams."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import yaml
+
+from qscope_jax.cli.options import Integers, check_at_least
+from qscope_jax.cli.results import check_writable, plain
+from qscope_jax.cli.sources import ModelOptions, cut_texts, open_model
+from qscope_jax.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from qscope_jax.models.language_model import LanguageModel
+    from qscope_jax.training.sae import SAETraining
+
+_HELD_OUT = 256
+_MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh"}
+_METRICS = {"fvu": "FVU", "fvu_all": "FVU, all tokens", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelOptions):
+    """Train top-k SAEs for one or several layers at once, on activations made on the fly."""
+
+    out: str
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints and, at the end, the SAEs in saes."""
+    data: str = "tiny"
+    """File, folder or hub dataset of texts, or `tiny` for the embedded corpus."""
+    column: str = "text"
+    """Column or key of the data that holds the text."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    limit: int | None = None
+    """Read at most so many documents."""
+    holdout_share: float = 0.01
+    """Share of the documents, at their end, kept for evaluation (at most 256 documents); 0 keeps none."""
+    layers: Integers | None = None
+    """Layers: all, 3 or 2,4-5; by default all."""
+    num_features: int | None = None
+    """Features of each SAE, by default 16 times the model's width."""
+    k: int = 50
+    """Active features a token."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_tokens: int = 2048
+    """Tokens of a step."""
+    buffer_batches: int = 16
+    """Steps' worth of tokens that are mixed at a time."""
+    sequence_length: int = 256
+    """Tokens of a row of the model's batch; documents share rows and are cut into pieces of this length."""
+    model_batch: int = 16
+    """Rows of the model's batch."""
+    learning_rate: float | None = None
+    """Peak rate of Adam, by default 2e-4 / sqrt(features / 16384)."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up, at most a tenth of the run."""
+    decay_share: float = 0.2
+    """Share of the run, at its end, over which the rate falls to 0."""
+    aux_weight: float = 1 / 32
+    """Weight of the loss that revives dead features."""
+    aux_k: int | None = None
+    """Dead features that this loss may use a token, by default half the model's width."""
+    dead_after_tokens: int = 10_000_000
+    """A feature is dead when it has not fired for so many tokens."""
+    keep_first: bool = False
+    """Train on the first token of documents too."""
+    max_norm_multiple: float = 10.0
+    """Leave tokens out whose residual norm exceeds this multiple of the median; 0 keeps all."""
+    seed: int = 0
+    """Seed of the initial directions, the order of documents and the mixing."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    resume: bool = False
+    """Continue the run in the folder, with the options that it began with."""
+    progress: bool = True
+    """Show a progress bar with rate and time left."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train; returns the last held-out metrics of each layer and where the SAEs are."""
+    from qscope_jax.demo.embedded import save_saes
+    from qscope_jax.training.loop import LoopConfig, train
+
+    out = Path(config.out).expanduser()
+    check_writable(config.out, folder=True)
+    _check(config, out)
+    names = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "progress")
+    loop = LoopConfig(run_dir=str(out), **{name: getattr(config, name) for name in names})
+    texts = _texts(config)
+    model = open_model(config.model, config.dtype, config.mesh)
+    recipe = _recipe(model, texts, config)
+    _write_config(out / "config.yaml", config)
+    state = train(recipe, loop)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if not lines or lines[-1]["step"] < config.steps:
+        print(f"Stopped; continue with: qscope train-sae --config {out / 'config.yaml'} --resume")
+        return {"finished": False, "layers": {}}
+    save_saes(out / "saes", recipe.export(state))
+    metrics = next((line for line in reversed(lines) if line.get("held_out")), {})
+    result = {
+        "finished": True,
+        "saes": str(out / "saes"),
+        "layers": {layer: {name: metrics[name][i] for name in _METRICS} for i, layer in enumerate(recipe.activations.layers) if metrics},
+    }
+    _show(result, out)
+    return result
+
+
+class Slice(Sequence[str]):
+    """Some documents of a collection, read when they are asked for."""
+
+    def __init__(self, texts: Sequence[str], indices: range):
+        """Show the documents at `indices`."""
+        self._texts, self._indices = texts, indices
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Slice": ...
+    def __getitem__(self, index: int | slice) -> "str | Slice":
+        """A document, or some of them, still unread."""
+        return Slice(self._texts, self._indices[index]) if isinstance(index, slice) else self._texts[self._indices[index]]
+
+
+def _check(config: Config, out: Path) -> None:
+    """What can be wrong before anything is loaded."""
+    if not 0 <= config.holdout_share < 1:
+        raise ConfigError(f"holdout_share is {config.holdout_share}, expected 0 to below 1")
+    check_at_least(config, 1, "model_batch", "limit", "num_features")
+    check_at_least(config, 2, "sequence_length")
+    saved = out / "config.yaml"
+    if not saved.is_file():
+        return
+    if not config.resume:
+        raise SourceError(f"{config.out}: already holds a run; continue it with --resume, or choose another --out")
+    before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    for name, value in plain(dataclasses.asdict(config)).items():
+        if name not in _MAY_CHANGE and before.get(name) != value:
+            raise ConfigError(f"{saved}: the run began with {name} {before.get(name)}, not {value}; resume it with --config {saved}")
+
+
+def _texts(config: Config) -> Sequence[str]:
+    if config.data == "tiny":
+        from qscope_jax.demo.corpus import documents
+
+        return documents(4000 if config.limit is None else config.limit, seed=1)
+    from qscope_jax.data.texts import load_texts
+
+    return load_texts(config.data, column=config.column, split=config.split, limit=config.limit)
+
+
+def _recipe(model: "LanguageModel", texts: Sequence[str], config: Config) -> "SAETraining":
+    from qscope_jax.data.batches import BatchConfig
+    from qscope_jax.training.activations import ActivationConfig
+    from qscope_jax.training.sae import SAEConfig, SAETraining
+    from qscope_jax.training.tokens import TokenStream
+
+    kept = len(texts) - max(round(config.holdout_share * len(texts)), 1 if config.holdout_share else 0)
+    if kept < 1:
+        raise ConfigError(f"{config.data}: has {len(texts)} documents, of which holdout_share {config.holdout_share} leaves none to train on")
+    held_out = [text for text in Slice(texts, range(kept, len(texts)))[:_HELD_OUT] if text.strip()]
+    end = model.config.eos_token_ids[:1]
+
+    def tokenize(text: str) -> list[int]:
+        ids = model.tokenizer(text, verbose=False)["input_ids"]
+        return [*ids, *end] if ids else []
+
+    rows = BatchConfig(config.model_batch, config.sequence_length, seed=config.seed)
+    activations = ActivationConfig(
+        tuple(range(model.config.num_layers)) if config.layers is None else config.layers, batch_tokens=config.batch_tokens,
+        buffer_batches=config.buffer_batches, max_norm_multiple=config.max_norm_multiple, drop_first=not config.keep_first, seed=config.seed,
+    )  # fmt: skip
+    names = ("k", "steps", "learning_rate", "warmup_steps", "decay_share", "aux_weight", "aux_k", "dead_after_tokens", "seed")
+    features = 16 * model.config.d_model if config.num_features is None else config.num_features
+    size = SAEConfig(num_features=features, **{name: getattr(config, name) for name in names})
+    train_texts = Slice(texts, range(kept))
+    return SAETraining(model, lambda: TokenStream(train_texts, tokenize, rows), activations, size, cut_texts(model, held_out, config.sequence_length))
+
+
+def _write_config(path: Path, config: Config) -> None:
+    from qscope_jax.data.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        text = yaml.safe_dump(plain({**dataclasses.asdict(config), "resume": False}), sort_keys=False, allow_unicode=True)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _show(result: dict[str, Any], out: Path) -> None:
+    from qscope_jax.report.terminal import print_table
+
+    if result["layers"]:
+        rows = [(str(layer), *found.values()) for layer, found in result["layers"].items()]
+        print_table(("layer", *_METRICS.values()), rows, title="held-out documents")
+    print(f"SAEs: {out / 'saes'}   metrics: {out / 'metrics.jsonl'}")

@@ -1,0 +1,40 @@
+"""A corpus of two topics, and a random model with a tokenizer that reads its sentences in a few tokens."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from qscope_jax.demo import corpus, recipe
+from qscope_jax.demo.corpus import LANGUAGES
+from qscope_jax.models.decoder import Decoder
+from qscope_jax.models.language_model import LanguageModel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Tell XLA to optimise less: these tests run many small programs a few times, and most of their time would go into making them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def small_corpus(monkeypatch) -> None:
+    """The first two topics of each language stand for all twenty."""
+    every = corpus.topics
+    monkeypatch.setattr(corpus, "topics", lambda language: every(language)[:2])
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory, tiny_config) -> LanguageModel:
+    """Two layers, 32 wide, with random weights."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "VOCABULARY", 2000)
+        topics = [topic for language in LANGUAGES for topic in corpus.topics(language)[:2]]
+        recipe.make_tokenizer(folder, [line for topic in topics for line in topic.train + topic.held_out])
+    config = tiny_config(layers=2, vocab_size=2000, eos_token_ids=(0,))
+    return LanguageModel(jax.jit(lambda key: Decoder(config, key))(jax.random.key(0)), tokenizer=AutoTokenizer.from_pretrained(folder))

@@ -1,0 +1,102 @@
+import string
+
+import pytest
+import regex
+import yaml
+
+from qscope_jax.demo import corpus
+from qscope_jax.demo.corpus import (
+    LANGUAGES,
+    documents,
+    mixed_prompts,
+    python_documentation,
+    sentences,
+    topics,
+)
+from qscope_jax.features.scripts import SCRIPTS, script_share
+
+SCRIPT = {"en": "Latin", "fr": "Latin", "zh": "Han", "ru": "Cyrillic", "ko": "Hangul", "ar": "Arabic"}
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[str]:
+    return documents(3000, seed=1)
+
+
+def test_six_languages_have_the_same_twenty_topics():
+    names = [topic.name for topic in topics("en")]
+    assert len(set(names)) == len(names) == 20 and set(SCRIPT) == set(LANGUAGES)
+    for language in LANGUAGES:
+        assert [topic.name for topic in topics(language)] == names
+        assert {(len(topic.train), len(topic.held_out)) for topic in topics(language)} == {(28, 4)}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_sentence_stands_twice(language):
+    lines = sentences(language) + sentences(language, held_out=True)
+    assert len(set(lines)) == len(lines) == 640
+
+
+def test_held_out_sentences_are_never_in_training_documents(drawn):
+    text = "\n".join(drawn)
+    assert not [line for language in LANGUAGES for line in sentences(language, held_out=True) if line in text]
+    assert all(any(line in text for line in sentences(language)) for language in LANGUAGES)
+
+
+def grammar(language: str) -> tuple[dict[str, list[str]], list[str]]:
+    loaded = yaml.safe_load((corpus._FOLDER / f"{language}.yaml").read_text(encoding="utf-8"))
+    return loaded["slots"], loaded["templates"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_sentence_is_in_the_script_of_its_language(language):
+    slots, templates = grammar(language)
+    expansions = [value for values in slots.values() for value in values] + [regex.sub(r"\{.*?\}", "", template) for template in templates]
+    for line in (*sentences(language), *sentences(language, held_out=True), *expansions):
+        assert script_share(line, SCRIPT[language]) == 1 or not regex.search(r"\p{L}", line), line
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_templates_use_the_slots_that_there_are_and_all_of_them(language):
+    slots, templates = grammar(language)
+    used = {name for template in templates for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    assert used == set(slots)
+    assert all(values and len(set(values)) == len(values) and not any("{" in value for value in values) for values in slots.values())
+    assert len(set(templates)) == len(templates)
+
+
+def test_documents_follow_from_the_seed(drawn):
+    assert documents(50, seed=1) == drawn[:50]
+    assert documents(50, seed=2) != drawn[:50]
+    assert all(document.strip() for document in drawn)
+    assert len(set(drawn)) > 0.75 * len(drawn)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_as_many_documents_mix_languages_as_asked_for(share):
+    prose = set(python_documentation())
+    drawn = [document for document in documents(1500, seed=2, mixed_share=share) if document not in prose]
+    mixed = sum(sum(script_share(document, script) > 0.02 for script in SCRIPTS) > 1 for document in drawn)
+    # One pair of languages in fifteen shares a script.
+    assert mixed / len(drawn) == pytest.approx(share * 14 / 15, abs=0.03)
+
+
+def test_every_language_and_pythons_documentation_have_their_share(drawn):
+    prose = set(python_documentation())
+    assert sum(document in prose for document in drawn) / len(drawn) == pytest.approx(0.12, abs=0.02)
+    for script, count in {"Latin": 2, "Han": 1, "Cyrillic": 1, "Hangul": 1, "Arabic": 1}.items():
+        written = sum(script_share(document, script) > 0.5 for document in drawn if document not in prose)
+        assert written / (0.88 * len(drawn)) == pytest.approx(count / 6, abs=0.04)
+
+
+def test_pythons_documentation_is_prose():
+    paragraphs = python_documentation()
+    assert len(paragraphs) > 300 and all("\n" not in paragraph and len(paragraph) > 80 for paragraph in paragraphs)
+
+
+def test_mixed_prompts_change_from_one_held_out_sentence_to_another():
+    prompts = mixed_prompts(5, seed=5)
+    english, chinese = sentences("en", held_out=True), sentences("zh", held_out=True)
+    for prompt in prompts:
+        assert any(prompt == f"{first} {second}" for first in english for second in chinese)
+    assert prompts == mixed_prompts(5, seed=5) != mixed_prompts(5, seed=6)

@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qscope_jax.models.attention import Attention, attend, causal_mask
+
+
+def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Loops over rows, heads and queries, in double precision. Queries that see nothing are left out."""
+    out = np.zeros(q.shape)
+    shared = q.shape[2] // k.shape[1]
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        seen = np.flatnonzero(mask[b, t])
+        if seen.size:
+            scores = k[b, h // shared][seen].astype(np.float64) @ q[b, t, h] / np.sqrt(q.shape[-1])
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights @ v[b, h // shared][seen] / weights.sum()
+    return out
+
+
+@pytest.fixture
+def operands():
+    generator = np.random.default_rng(0)
+    q, k, v = (generator.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 6, 8), (2, 3, 7, 8), (2, 3, 7, 8)))
+    mask = generator.random((2, 5, 7)) < 0.6
+    mask[0, 2] = False
+    return q, k, v, mask
+
+
+def test_reference_equals_plain_loops(operands):
+    q, k, v, mask = operands
+    out = np.asarray(attend(*map(jnp.asarray, operands)))
+    seeing = mask.any(axis=-1)
+    np.testing.assert_allclose(out[seeing], plain_attention(q, k, v, mask)[seeing], atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_a_finite_number(operands):
+    assert np.isfinite(attend(*map(jnp.asarray, operands))[0, 2]).all()
+
+
+def test_hidden_keys_and_values_do_not_matter_however_large(operands):
+    q, k, v, mask = operands
+    mask[:, :, 4] = False
+    large_k, large_v = k.copy(), v.copy()
+    large_k[:, :, 4] = large_v[:, :, 4] = 1e6
+    one = attend(*map(jnp.asarray, operands))
+    two = attend(jnp.asarray(q), jnp.asarray(large_k), jnp.asarray(large_v), jnp.asarray(mask))
+    seeing = mask.any(axis=-1)
+    assert np.array_equal(np.asarray(one)[seeing], np.asarray(two)[seeing])
+
+
+def test_half_precision_takes_its_softmax_in_float32(operands):
+    *arrays, mask = operands
+    q, k, v = (jnp.asarray(array, jnp.bfloat16) for array in arrays)
+    out = np.asarray(attend(q, k, v, jnp.asarray(mask)), np.float32)
+    expected = plain_attention(np.asarray(q, np.float32), np.asarray(k, np.float32), np.asarray(v, np.float32), mask)
+    seeing = mask.any(axis=-1)
+    assert out.dtype == np.float32 and np.abs(out[seeing] - expected[seeing]).max() < 0.02
+
+
+def test_mask_allows_the_past_of_the_same_document():
+    ids = np.asarray([[0, 1, 1, 2, 2, 0]])
+    mask = np.asarray(causal_mask(jnp.asarray(ids), jnp.asarray(ids), jnp.int32(0)))[0]
+    assert [np.flatnonzero(row).tolist() for row in mask] == [[], [1], [1, 2], [3], [3, 4], []]
+
+
+def test_mask_of_a_continued_cache_counts_from_its_slot():
+    keys = np.asarray([[0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+    mask = np.asarray(causal_mask(jnp.asarray([[1], [0]]), jnp.asarray(keys), jnp.int32(3)))
+    assert np.flatnonzero(mask[0, 0]).tolist() == [1, 2, 3] and not mask[1].any()
+
+
+def test_gains_of_query_and_key_norms_are_per_channel_of_a_head(tiny_config):
+    attention, without = (jax.eval_shape(lambda c=c: Attention(c, jax.random.key(0))) for c in (tiny_config(), tiny_config(qk_norm=False)))
+    assert attention.q_norm.shape == attention.k_norm.shape == (12,)
+    assert attention.q_proj.shape == attention.o_proj.shape[::-1] == (48, 32) and attention.k_proj.shape == attention.v_proj.shape == (24, 32)
+    assert not hasattr(without, "q_norm")

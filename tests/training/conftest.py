@@ -1,0 +1,52 @@
+"""A small model that reads characters, its documents, and the token streams made of them."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from qscope_jax.data.batches import BatchConfig
+from qscope_jax.models.decoder import Decoder
+from qscope_jax.models.language_model import LanguageModel
+from qscope_jax.training.tokens import TokenStream
+
+OUTLIER = "~"
+
+
+@pytest.fixture(scope="session")
+def model(tiny_config) -> LanguageModel:
+    """Two layers, 32 wide; a character is a token, and one of them has a stream hundreds of times as large as the others."""
+    decoder = jax.jit(lambda key: _sharpened(Decoder(tiny_config(2), key)))(jax.random.key(0))
+    return LanguageModel(decoder, tokenizer=lambda texts, add_special_tokens: {"input_ids": [_characters(text) for text in texts]})
+
+
+@pytest.fixture(scope="session")
+def documents() -> Callable[..., list[str]]:
+    """Factory of documents of `shortest` to 20 random characters, some of which hold the outlier."""
+
+    def make(count: int = 200, seed: int = 0, shortest: int = 3) -> list[str]:
+        rng = np.random.default_rng(seed)
+        texts = ["".join(map(chr, rng.integers(33, 126, rng.integers(shortest, 21)))) for _ in range(count)]
+        return [text[:2] + OUTLIER + text[3:] if index % 3 == 0 else text for index, text in enumerate(texts)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def token_stream(documents) -> Callable[..., TokenStream]:
+    """Factory of streams of 4 packed rows of 24 tokens."""
+    return lambda texts=None: TokenStream(documents() if texts is None else texts, _characters, BatchConfig(4, 24))
+
+
+def _characters(text: str) -> list[int]:
+    return [ord(character) - 30 for character in text]
+
+
+def _sharpened(decoder: Decoder) -> Decoder:
+    def sharpen(path, w: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        w = w if "norm" in name else 10 * w
+        return w.at[ord(OUTLIER) - 30].mul(500) if "embedding" in name else w
+
+    return jax.tree_util.tree_map_with_path(sharpen, decoder)
