@@ -46,10 +46,8 @@ def convert(source: str, destination: Path, to: str, layers: str = "all", k: int
     Raises:
         QscopeError: the source cannot be read, a layer is not there, the destination exists, or what was written does not read back equal.
     """
-    if destination.exists() and not overwrite:
-        raise SourceError(f"{destination}: exists; pass --overwrite to replace it")
-    if destination.resolve() in (Path(source).expanduser().resolve(), *Path(source).expanduser().resolve().parents):
-        raise InputError(f"{destination}: holds the source, which would be lost; choose another folder")
+    if destination.exists():
+        _check_replaceable(destination, Path(source).expanduser().resolve(), overwrite)
     available = list_sae_layers(source)
     chosen = available if layers == "all" else _parse(layers)
     if missing := sorted(set(chosen) - set(available)):
@@ -83,6 +81,19 @@ class _Layers(Mapping[int, SAEArrays]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+
+def _check_replaceable(destination: Path, source: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise SourceError(f"{destination}: exists; pass --overwrite to replace it")
+    if source.exists() and destination.resolve() in (source, *source.parents):
+        raise InputError(f"{destination}: holds the source, which would be lost; choose another folder")
+    if destination.is_dir() and not any(destination.iterdir()):
+        return
+    try:
+        list_sae_layers(destination)
+    except QscopeError as error:
+        raise SourceError(f"{destination}: does not hold SAEs, so it is not replaced; choose another folder") from error
 
 
 def _check_name(destination: Path, arrays: SAEArrays) -> None:

@@ -81,9 +81,11 @@ def plan(arguments: argparse.Namespace) -> list[str]:
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     gib = {name: getattr(memory, f"{name}_size_in_bytes") / 2**30 for name in ("argument", "temp", "output")}
+    chips = f"{mesh.size} of {len(devices)} chips, {arguments.mesh}"
+    held = f"{gib['argument']:.2f} GiB of arguments, {gib['temp']:.2f} of temporaries, {gib['output']:.2f} of output"
     return [
-        f"{config.family}, {config.num_layers} layers, width {config.d_model}, on {arguments.topology} ({mesh.size} of {len(devices)} chips, {arguments.mesh})",
-        f"compiled in {seconds:.1f} s; each chip holds {gib['argument']:.2f} GiB of arguments, {gib['temp']:.2f} of temporaries, {gib['output']:.2f} of output",
+        f"{config.family}, {config.num_layers} layers, width {config.d_model}, on {arguments.topology} ({chips})",
+        f"compiled in {seconds:.1f} s; each chip holds {held}",
     ]
 
 

@@ -110,7 +110,7 @@ def run_tour(tour: Tour, out: Path, console: Console | None = None) -> list[Chec
     write_json(out / "results.json", {name: {"checks": [vars(c) for c in chapter.checks], **chapter.data} for name, chapter in finished.items()})
     console.rule("[bold]Results")
     rows = [(check.name, check.value, check.target, "met" if check.met else "SHORT") for check in checks]
-    print_table(("what", "measured", "target", ""), rows, file=console.file)
+    print_table(("what", "measured", "target", ""), rows, file=console.file)  # pyright: ignore[reportArgumentType]
     console.print(f"Page: {out / 'report.html'}   numbers: {out / 'results.json'}   SAEs: {out / 'saes'}")
     return checks
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from qscope_jax.data.batches import BatchConfig, TokenBatch, pad_batch
 from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.decoder import Decoder
-from qscope_jax.training.tokens import TokenStream
 from qscope_jax.models.scoring import next_token_loss
+from qscope_jax.parallel.rules import PARAMETER_AXES, leaf_name
+from qscope_jax.training.tokens import TokenStream
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,15 @@ def _step(
     optimizer: optax.GradientTransformation, state: CausalLMState, tokens_BT: Array, segment_ids: Array
 ) -> tuple[CausalLMState, dict[str, Array]]:
     (total, weight), gradient = jax.value_and_grad(_loss, has_aux=True)(state.decoder, tokens_BT, segment_ids)
-    gradient = jax.tree.map(lambda g: g / weight, gradient)
-    updates, opt_state = optimizer.update(gradient, state.optimizer, state.decoder)  # pyright: ignore[reportArgumentType]
+    # A batch of documents of one token each predicts nothing, and must not divide by 0.
+    gradient = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), gradient)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its int32 step
+        updates, opt_state = optimizer.update(gradient, state.optimizer, state.decoder)  # pyright: ignore[reportArgumentType]
     decoder = optax.apply_updates(state.decoder, updates)  # pyright: ignore[reportArgumentType]
-    metrics = {"loss": total / weight, "gradient_norm": optax.tree.norm(gradient), "tokens": weight}
+    metrics = {"loss": total / jnp.maximum(weight, 1), "gradient_norm": optax.tree.norm(gradient), "tokens": weight}
     return CausalLMState(decoder, opt_state), metrics  # pyright: ignore[reportArgumentType]
 
 
 def _is_matrix(tree: Any) -> Any:
-    return jax.tree.map(lambda x: np.ndim(x) >= 2, tree)
+    """True at matrices. The number of dimensions does not tell: layers are stacked, so their norms have two."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: len(PARAMETER_AXES[leaf_name(path)]) >= 2, tree)

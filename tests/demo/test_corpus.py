@@ -5,14 +5,7 @@ import regex
 import yaml
 
 from qscope_jax.demo import corpus
-from qscope_jax.demo.corpus import (
-    LANGUAGES,
-    documents,
-    mixed_prompts,
-    python_documentation,
-    sentences,
-    topics,
-)
+from qscope_jax.demo.corpus import LANGUAGES, documents, mixed_prompts, python_documentation, sentences, topics
 from qscope_jax.features.scripts import SCRIPTS, script_share
 
 SCRIPT = {"en": "Latin", "fr": "Latin", "zh": "Han", "ru": "Cyrillic", "ko": "Hangul", "ar": "Arabic"}

@@ -41,7 +41,7 @@ def test_a_feature_that_fires_in_three_of_four_and_in_one_of_four_differs_by_a_h
 
 def test_what_cannot_be_compared_is_refused(readout_of, comparison):
     text = [[1, 2], [3, 4]]
-    with pytest.raises(ShapeError, match="layer 0 .* with layer 1"):
+    with pytest.raises(ShapeError, match=r"layer 0 .* with layer 1"):
         compare(readout_of(text), readout_of(text, layer=1))
     with pytest.raises(ShapeError, match=r"2 features.* 0 \(1 features"):
         compare(readout_of(text), readout_of([[1], [2]]))

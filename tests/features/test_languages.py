@@ -127,7 +127,7 @@ def test_what_makes_no_sense_is_refused(three, readout_of):
     text = [START, [1, 1]]
     cases = [
         (InputError, "at least two languages, got 1", lambda: monolinguality({"en": three["en"]})),
-        (ShapeError, r"layer 0 \(2 features\) and layer 1 \(2 features\)", lambda: monolinguality({"en": three["en"], "zh": readout_of(text, layer=1)})),
+        (ShapeError, r"layer 0 .* and layer 1 \(2", lambda: monolinguality({"en": three["en"], "zh": readout_of(text, layer=1)})),
         (ShapeError, r"\(1 features\) and .*\(2 features\)", lambda: monolinguality({"en": three["en"], "zh": readout_of([[1], [2]])})),
         (InputError, "no token of language zh counts", lambda: monolinguality({"en": three["en"], "zh": readout_of([START])})),
         (InputError, "no readout of language 'fr'; there are en, zh, ru", lambda: fit_detector("fr", three)),

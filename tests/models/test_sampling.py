@@ -12,13 +12,16 @@ DRAWS = 20_000
 
 @pytest.fixture(scope="module")
 def draw():
-    """Tokens drawn from logits [B, V], one a row."""
+    """Tokens drawn from logits [B, V], one a row. Rows and vocabulary are filled up, so that a single program serves all tests."""
     drawn = jax.jit(sample)
 
-    def run(logits, step: int = 0, seen=None, **settings) -> np.ndarray:
-        logits = jnp.asarray(logits, jnp.float32)
-        seen = jnp.zeros(logits.shape, bool) if seen is None else jnp.asarray(seen)
-        return np.asarray(drawn(logits, seen, Sampler.make(SamplingConfig(**settings), (), logits.shape[0]), jnp.int32(step)))
+    def run(logits, step: int = 0, seen=(), **settings) -> np.ndarray:
+        filled, marked = np.full((DRAWS, VOCABULARY), -1e9, np.float32), np.zeros((DRAWS, VOCABULARY), bool)
+        rows, vocabulary = np.shape(logits)
+        filled[:rows, :vocabulary] = logits
+        marked[: len(seen), :vocabulary] = seen or False
+        sampler = Sampler.make(SamplingConfig(**settings), (), DRAWS)
+        return np.asarray(drawn(jnp.asarray(filled), jnp.asarray(marked), sampler, jnp.int32(step)))[:rows]
 
     return run
 
