@@ -22,7 +22,7 @@ TARGETS = {"tiny": "at least 2", "0.6b": "at least 1"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="tiny,0.6b")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()

@@ -18,7 +18,7 @@ SHAPES = {"tiny": ((1, 64), (8, 128), (16, 256)), "0.6b": ((1, 128), (1, 512))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="tiny,0.6b")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()

@@ -41,7 +41,7 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", help="a folder to load; default: one is made")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -57,7 +57,10 @@ def main() -> None:
                     runs[name].append((float(out[0]), float(out[1])))
         ratio = statistics.median(load[0] / read[0] for load, read in zip(runs["load"], runs["read"], strict=True))
         peak = max(memory for _, memory in runs["load"])
-        print(f"folder {size:.2f} GiB; read {statistics.median(t for t, _ in runs['read']):.2f} s, load {statistics.median(t for t, _ in runs['load']):.2f} s")
+        print(
+            f"folder {size:.2f} GiB; read {statistics.median(t for t, _ in runs['read']):.2f} s, "
+            f"load {statistics.median(t for t, _ in runs['load']):.2f} s"
+        )
         print(f"load / read: median {ratio:.2f}; target at most 1.5")
         print(f"peak memory of the loading process {peak:.2f} GiB, {peak - size:.2f} GiB above the folder's size; target at most 1 above")
 

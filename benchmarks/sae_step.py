@@ -26,7 +26,7 @@ SHAPES = ((1024, 16384, 50, 1024), (2048, 32768, 50, 512))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--shapes", type=int, default=1, help="how many of the two shapes to run")
     parser.add_argument("--their-optimizer", choices=("signum", "adam"), default="signum")
@@ -42,7 +42,8 @@ def main() -> None:
         if not arguments.ours_only:
             report(title, {name: times[name] for name in ("sparsify", "qscope_jax")}, ours="qscope_jax", target="at least 2", units=tokens)
         bound = np.median(times["qscope_jax"] / times["encoder product alone"])
-        print(f"  {title}: step {np.median(times['qscope_jax']) * 1e3:.0f} ms, encoder product alone {np.median(times['encoder product alone']) * 1e3:.0f} ms, "
+        print(f"  {title}: step {np.median(times['qscope_jax']) * 1e3:.0f} ms, "
+              f"encoder product alone {np.median(times['encoder product alone']) * 1e3:.0f} ms, "
               f"step / product {bound:.2f}")  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def _ours(x: np.ndarray, features: int, k: int) -> Any:
     rows /= jnp.linalg.norm(rows, axis=1, keepdims=True)
     sae = SparseAutoencoder(rows, jnp.array(rows), jnp.zeros(features), jnp.zeros(width), k=k)
     step = jax.jit(partial(sae_step, optimizer, config, width // 2), donate_argnums=0)
-    held = {"state": SAEState(sae, optimizer.init(sae), jnp.zeros(features, jnp.int32), jnp.float32(np.sqrt(width)))}
+    held = {"state": SAEState(sae, optimizer.init(sae), jnp.zeros(features, jnp.int32), jnp.float32(np.sqrt(width)))}  # pyright: ignore[reportArgumentType]
     batch = jnp.asarray(x)
 
     def run() -> None:
@@ -72,7 +73,7 @@ def _product(x: np.ndarray, features: int) -> Any:
 
 def _theirs(x: np.ndarray, features: int, k: int, optimizer: str) -> Any:
     import torch
-    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -80,7 +81,7 @@ def _theirs(x: np.ndarray, features: int, k: int, optimizer: str) -> Any:
     if optimizer == "adam":
         update: Any = torch.optim.Adam(coder.parameters(), lr=1e-4)
     else:
-        from sparsify.sign_sgd import SignSGD
+        from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
 
         update = SignSGD(coder.parameters(), lr=1e-4)
     batch = torch.tensor(x)

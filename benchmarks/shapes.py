@@ -1,19 +1,18 @@
 """Models that benchmarks build: the embedded one, and the released shapes with random weights."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import torch
 
+from qscope_jax.data.hub import open_source
 from qscope_jax.demo.embedded import TINY
+from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.models.weights import read_config
-from qscope_jax.data.hub import open_source
-from qscope_jax.models.config import ModelConfig
 
 QWEN3_0_6B = {
     "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -29,7 +28,9 @@ def both_sides(name: str) -> tuple[LanguageModel, Any]:
 
     torch.manual_seed(0)
     hf_config = read_config(open_source(TINY)).to_hf() if name == "tiny" else QWEN3_0_6B
-    theirs = Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype", "architectures")})).float().eval()
+    theirs = (
+        Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype", "architectures")})).float().eval()
+    )
     config = replace(ModelConfig.from_hf(hf_config), dtype="float32").unrolled()
     ours = _from_torch(config, theirs)
     return LanguageModel(ours), theirs

@@ -23,7 +23,7 @@ SHAPES = {"tiny": (8, 128, 64), "0.6b": (1, 128, 16)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="tiny,0.6b")
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()

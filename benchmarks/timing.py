@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def paired(sides: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmu
             run()
     times: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds):
-        names = list(sides) if round_ % 2 == 0 else list(reversed(sides))
+        names = list(sides) if round_ % 2 == 0 else list(sides)[::-1]
         for name in names:
             start = time.perf_counter()
             sides[name]()
@@ -34,7 +35,10 @@ def report(title: str, times: Mapping[str, np.ndarray], *, ours: str, target: st
         print(f"  {name:<28} median {median * 1e3:9.2f} ms   p10 {p10 * 1e3:9.2f}   p90 {p90 * 1e3:9.2f}{rate}")
     other = next(name for name in times if name != ours)
     ratios = times[other] / times[ours]
-    print(f"  {other} / {ours}: median {np.median(ratios):.2f} (p10 {np.percentile(ratios, 10):.2f}, p90 {np.percentile(ratios, 90):.2f}); target {target}")
+    print(
+        f"  {other} / {ours}: median {np.median(ratios):.2f} (p10 {np.percentile(ratios, 10):.2f}, "
+        f"p90 {np.percentile(ratios, 90):.2f}); target {target}"
+    )
     return float(np.median(ratios))
 
 
@@ -42,5 +46,10 @@ def header(script: str) -> None:
     """Print where this was measured."""
     import jax
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    print(f"{script}: {time.strftime('%Y-%m-%d')}, {cpu}, {len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, python {platform.python_version()}")
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()
+    )
+    print(
+        f"{script}: {time.strftime('%Y-%m-%d')}, {cpu}, {len(jax.devices())} x {jax.devices()[0].device_kind}, "
+        f"jax {jax.__version__}, python {platform.python_version()}"
+    )

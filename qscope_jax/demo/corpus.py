@@ -78,10 +78,10 @@ def documents(count: int, seed: int = 0, *, mixed_share: float = 0.04) -> list[s
 
 
 def mixed_prompts(count: int, first: str = "en", second: str = "zh", seed: int = 0) -> list[str]:
-    """Held-out prompts that have just changed from one language to another."""
+    """Held-out prompts that have changed from one language to another and stop a few characters into the second."""
     rng = random.Random(seed)
     pairs = [(rng.choice(sentences(first, held_out=True)), rng.choice(sentences(second, held_out=True))) for _ in range(count)]
-    return [f"{a} {b}" for a, b in pairs]
+    return [f"{a} {b[:4]}" for a, b in pairs]
 
 
 def _documents(count: int, rng: random.Random, mixed_share: float) -> Iterator[str]:

@@ -191,7 +191,7 @@ def dose_sweep(
     edits: Sequence[Edit] = (),
     **settings: Any,
 ) -> dict[float, list[Completion]]:
-    """Continue every prompt at every strength, all of them in one batch.
+    """Continue every prompt at every strength, all of them in one batch; a prompt draws with the same seed at every strength.
 
     Args:
         model: The model.
@@ -213,7 +213,8 @@ def dose_sweep(
         raise InputError(f"strengths {list(strengths)}: give one or more, none of them twice")
     doses_BW = np.tile(np.repeat(doses, len(prompts))[:, None], len(_chosen(sae, features)))
     edit = steer(sae, features, doses_BW, **settings)
-    rows = model.generate(list(prompts) * len(strengths), sampling, edits=(edit, *edits))
+    row_seeds = list(range(len(prompts))) * len(strengths)
+    rows = model.generate(list(prompts) * len(strengths), sampling, edits=(edit, *edits), row_seeds=row_seeds)
     return {float(dose): rows[i * len(prompts) : (i + 1) * len(prompts)] for i, dose in enumerate(strengths)}
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qscope_jax.errors import InputError
+from qscope_jax.errors import InputError, ShapeError
 
 PHASES = ("prefill", "decode", "both")
 MAX_RANGES = 8
@@ -47,6 +47,10 @@ class Edit(Protocol):
 
     def touches(self, layer: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether the edit does anything at this layer."""
+        ...
+
+    def check(self, num_layers: int, d_model: int, rows: int) -> None:
+        """Raise where the edit does not fit a model or a batch of so many rows; called on the host, before anything is traced."""
         ...
 
     def __call__(self, x_BTD: Float[Array, "B T D"], layer: Int[Array, ""], context: EditContext) -> Float[Array, "B T D"]:
@@ -120,6 +124,10 @@ class AddDirections:
     strengths_BW: Float[Array, "B W"]
     where_W: Where
 
+    def check(self, num_layers: int, d_model: int, rows: int) -> None:
+        """See `Edit.check`."""
+        check_fit(self.layers_W, self.directions_WD.shape[-1], self.strengths_BW.shape[0], num_layers, d_model, rows)
+
     def touches(self, layer: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether any direction belongs to this layer."""
         return jnp.any(self.layers_W == layer)
@@ -150,6 +158,10 @@ class ProjectOut:
     share_B: Float[Array, " B"]
     where: Where
 
+    def check(self, num_layers: int, d_model: int, rows: int) -> None:
+        """See `Edit.check`."""
+        check_fit(self.layer, self.direction_D.shape[-1], self.share_B.shape[0], num_layers, d_model, rows)
+
     def touches(self, layer: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether this is the edit's layer."""
         return self.layer == layer
@@ -162,6 +174,22 @@ class ProjectOut:
         moved = (x32 - (self.share_B[:, None] * along_BT)[..., None] * unit_D).astype(x_BTD.dtype)
         active = self.where.mask(context) & (self.share_B[:, None] != 0)
         return jnp.where(active[..., None], moved, x_BTD)
+
+
+def check_fit(layers: Array, width: int, edit_rows: int, num_layers: int, d_model: int, rows: int) -> None:
+    """Check an edit's layers, width and rows against a model and a batch.
+
+    Raises:
+        InputError: a layer that the model does not have, or values for another number of prompts.
+        ShapeError: directions that are not as wide as the residual stream.
+    """
+    highest = int(np.max(np.asarray(layers)))
+    if highest >= num_layers:
+        raise InputError(f"an edit acts after layer {highest}; the model has layers 0 to {num_layers - 1}")
+    if width != d_model:
+        raise ShapeError(f"an edit's directions have width {width}, the model's residual stream {d_model}; it was made for another model")
+    if edit_rows not in (1, rows):
+        raise InputError(f"an edit has values for {edit_rows} prompts, the batch has {rows}; give one row for all, or one for each prompt")
 
 
 def apply_edits(x_BTD: Array, edits: tuple[Edit, ...], layer: Int[Array, ""], context: EditContext | None) -> Array:

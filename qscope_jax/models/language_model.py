@@ -168,6 +168,7 @@ class LanguageModel:
         *,
         edits: Sequence[Edit] = (),
         chat: bool = False,
+        row_seeds: Sequence[int] | None = None,
         on_tokens: Callable[[list[list[int]]], None] | None = None,
         **settings: Any,
     ) -> list[Completion]:
@@ -178,6 +179,7 @@ class LanguageModel:
             config: How to draw; greedy by default.
             edits: Interventions on the residual stream, see `qscope_jax.steer`.
             chat: Wrap each prompt as a user's turn.
+            row_seeds: What each row folds into the seed; default its number. Rows of equal prompt and row seed draw alike.
             on_tokens: Called every few steps with the tokens generated so far in each row, for streaming.
             **settings: Fields of `SamplingConfig` that replace those of `config`.
 
@@ -194,7 +196,8 @@ class LanguageModel:
         longest = int((batch.segment_ids_BT > 0).sum(axis=1).max())
         if longest + config.max_new_tokens > self.config.max_positions:
             raise InputError(f"{longest} prompt tokens and {config.max_new_tokens} new ones exceed the model's {self.config.max_positions} positions")
-        sampler = Sampler.make(config, self.config.eos_token_ids, len(texts))
+        self._check_edits(edits, len(texts))
+        sampler = Sampler.make(config, self.config.eos_token_ids, len(texts), row_seeds)
         with jax.set_mesh(self.mesh):
             state = prefill(self.decoder, batch.tokens_BT, batch.segment_ids_BT, sampler, tuple(edits), new_tokens=room)
             stride = config.max_new_tokens if on_tokens is None else 4
@@ -206,8 +209,7 @@ class LanguageModel:
                         break
         stopped = np.asarray(state.done_B).tolist()
         return [
-            Completion(prompt, self._decode(ids, stop), tuple(ids), stop)
-            for prompt, ids, stop in zip(prompts, _rows(state), stopped, strict=True)
+            Completion(prompt, self._decode(ids, stop), tuple(ids), stop) for prompt, ids, stop in zip(prompts, _rows(state), stopped, strict=True)
         ]
 
     def save(self, path: str | Path) -> None:
@@ -215,9 +217,14 @@ class LanguageModel:
         save_decoder(self.decoder, Path(path), carry_from=self.source)
 
     def _forward(self, batch: TokenBatch, edits: Sequence[Edit], layers: Sequence[int] | None, stop_after: int | None = None) -> DecoderOutput:
+        self._check_edits(edits, len(batch.tokens_BT))
         taps = None if layers is None else jnp.asarray(layers, jnp.int32)
         with jax.set_mesh(self.mesh):
             return forward(self.decoder, batch.tokens_BT, batch.segment_ids_BT, tuple(edits), taps, stop_after=stop_after)
+
+    def _check_edits(self, edits: Sequence[Edit], rows: int) -> None:
+        for edit in edits:
+            edit.check(self.config.num_layers, self.config.d_model, rows)
 
     def _chat(self, prompt: str) -> str:
         try:

@@ -1,5 +1,6 @@
 """Choosing the next token: greedy, temperature, top-k, top-p, repetition penalty, a seed for every row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -60,18 +61,21 @@ class Sampler:
     keys_B: Key[Array, " B"]
 
     @classmethod
-    def make(cls, config: SamplingConfig, default_stops: tuple[int, ...], batch: int) -> "Sampler":
-        """Arrays for `batch` rows; `default_stops` are the model's own stop tokens.
+    def make(cls, config: SamplingConfig, default_stops: tuple[int, ...], batch: int, row_seeds: Sequence[int] | None = None) -> "Sampler":
+        """Arrays for `batch` rows; `default_stops` are the model's own stop tokens, `row_seeds` what is folded into each row's seed.
 
         Raises:
-            InputError: the model has more stop tokens than there is room for.
+            InputError: the model has more stop tokens than there is room for, or row seeds for another number of rows.
         """
         stops = default_stops if config.stop_token_ids is None else config.stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
             raise InputError(f"the model has {len(stops)} stop tokens; choose at most {MAX_STOP_TOKENS} with stop_token_ids")
         table = np.full(MAX_STOP_TOKENS, -1, np.int32)
         table[: len(stops)] = stops
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), jnp.arange(batch, dtype=jnp.int32))
+        if row_seeds is not None and len(row_seeds) != batch:
+            raise InputError(f"{len(row_seeds)} row seeds for {batch} prompts; give one for each")
+        rows = jnp.asarray(range(batch) if row_seeds is None else row_seeds, jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), rows)
         return cls(
             jnp.float32(config.temperature), jnp.int32(config.top_k), jnp.float32(config.top_p), jnp.float32(config.repetition_penalty),
             jnp.asarray(table), keys,

@@ -83,7 +83,7 @@ class SparseAutoencoder(nnx.Module):
         return x - self.b_dec[...].astype(jnp.float32) if self.apply_b_dec_to_input else x
 
     def pre_activations(self, x_ND: Float[Array, "N D"], features: Int[Array, " W"] | None = None) -> Float[Array, "N W"]:
-        """z for all features, or for some: then only their rows of the encoder are read."""
+        """Pre-activations z of all features, or of some: then only their rows of the encoder are read."""
         W, b = self.W_enc[...], self.b_enc[...]
         if features is not None:
             W, b = W[features], b[features]

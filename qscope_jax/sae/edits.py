@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qscope_jax.models.edits import EditContext, Where
+from qscope_jax.models.edits import EditContext, Where, check_fit
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
 
 
@@ -31,6 +31,10 @@ class ClampFeatures:
     features_W: Int[Array, " W"]
     targets_BW: Float[Array, "B W"]
     where: Where
+
+    def check(self, num_layers: int, d_model: int, rows: int) -> None:
+        """See `qscope_jax.models.edits.Edit.check`."""
+        check_fit(self.layer, self.sae.d_model, self.targets_BW.shape[0], num_layers, d_model, rows)
 
     def touches(self, layer: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether this is the edit's layer."""
@@ -68,6 +72,10 @@ class SpliceReconstruction:
     use_constant: Bool[Array, ""]
     where: Where
     largest_norm: Float[Array, ""]
+
+    def check(self, num_layers: int, d_model: int, rows: int) -> None:
+        """See `qscope_jax.models.edits.Edit.check`."""
+        check_fit(self.layer, self.sae.d_model, 1, num_layers, d_model, rows)
 
     def touches(self, layer: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether this is the edit's layer."""

@@ -146,10 +146,10 @@ def load_sae(
         QscopeError: what is wrong with the source, in one line.
     """
     arrays = read_sae_arrays(source, layer, k=k, revision=revision)
-    found = arrays.metadata.get("layer")
-    if found is None and layer is None:
+    layer = arrays.metadata.get("layer") if layer is None else layer
+    if layer is None:
         raise InputError(f"{source}: does not say which layer it belongs to; pass layer=")
-    return from_arrays(arrays, found if layer is None else layer, make_mesh() if mesh is None else mesh)
+    return from_arrays(arrays, layer, mesh)
 
 
 def from_arrays(arrays: SAEArrays, layer: int, mesh: Mesh | None = None) -> LayerSAE:
@@ -162,7 +162,9 @@ def from_arrays(arrays: SAEArrays, layer: int, mesh: Mesh | None = None) -> Laye
         source = arrays.metadata.get("source", "this SAE")
         raise InputError(f"{source}: k is {arrays.k}, as its activation {arrays.activation} has none; pass k=, the most features kept a token")
     mesh = make_mesh() if mesh is None else mesh
-    placed = {name: jax.device_put(np.ascontiguousarray(array), parameter_sharding(name, array.shape, mesh)) for name, array in arrays.tensors().items()}
+    placed = {
+        name: jax.device_put(np.ascontiguousarray(array), parameter_sharding(name, array.shape, mesh)) for name, array in arrays.tensors().items()
+    }
     sae = SparseAutoencoder(**placed, k=arrays.k, activation=arrays.activation, apply_b_dec_to_input=arrays.apply_b_dec_to_input)
     return LayerSAE(sae, layer, dict(arrays.metadata))
 

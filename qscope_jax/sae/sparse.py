@@ -28,7 +28,7 @@ def combine_rows(
     values_NK: Float[Array, "N K"], indices_NK: Int[Array, "N K"], W_FD: Float[Array, "F D"], how: str | None = None
 ) -> Float[Array, "N D"]:
     """`sum_k values[n, k] * W[indices[n, k]]`: decoding, and the gradient of encoding with respect to its input."""
-    how = how or strategy(*W_FD.shape, indices_NK.shape[1])
+    how = how or strategy(W_FD.shape[0], W_FD.shape[1], indices_NK.shape[1])
     if how == "dense":
         return jnp.matmul(_densify(values_NK, indices_NK, W_FD.shape[0]), W_FD, precision=_HIGHEST)
     if how == "gather":
@@ -42,11 +42,9 @@ def combine_rows(
     return jax.lax.scan(add, start, (values_NK.T, indices_NK.T))[0]
 
 
-def dot_rows(
-    y_ND: Float[Array, "N D"], indices_NK: Int[Array, "N K"], W_FD: Float[Array, "F D"], how: str | None = None
-) -> Float[Array, "N K"]:
+def dot_rows(y_ND: Float[Array, "N D"], indices_NK: Int[Array, "N K"], W_FD: Float[Array, "F D"], how: str | None = None) -> Float[Array, "N K"]:
     """`y[n] . W[indices[n, k]]`: the gradient of decoding with respect to the values."""
-    how = how or strategy(*W_FD.shape, indices_NK.shape[1])
+    how = how or strategy(W_FD.shape[0], W_FD.shape[1], indices_NK.shape[1])
     if how == "dense":
         return jnp.take_along_axis(jnp.matmul(y_ND, W_FD.T, precision=_HIGHEST), indices_NK, axis=1)
     if how == "gather":

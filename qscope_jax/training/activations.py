@@ -46,9 +46,8 @@ class ActivationConfig:
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ConfigError(f"layers is {self.layers}, expected one or more, none of them twice")
         if self.batch_tokens < 1 or self.buffer_batches < 2 or not 0 <= self.mix < 1:
-            raise ConfigError(
-                f"batch_tokens {self.batch_tokens}, buffer_batches {self.buffer_batches}, mix {self.mix}: expected at least 1, at least 2, and 0 to below 1"
-            )
+            found = f"batch_tokens {self.batch_tokens}, buffer_batches {self.buffer_batches}, mix {self.mix}"
+            raise ConfigError(f"{found}: expected at least 1, at least 2, and 0 to below 1")
 
 
 class ActivationStream:
@@ -111,7 +110,7 @@ class ActivationStream:
             batch = next(self.tokens)
             x_MBTD, mask_BT = self._run(batch)
             if not bool(jnp.all(jnp.isfinite(x_MBTD))):
-                raise SourceError(f"layers {self.config.layers}: the model's residual stream holds NaN or infinite values; its weights are damaged, or its dtype is too narrow")
+                raise SourceError("the model's residual stream holds NaN or infinite values; its weights are damaged, or its dtype is too narrow")
             count = int(jnp.sum(mask_BT))
             empty = 0 if count else empty + 1
             if empty > _EMPTY_BATCHES:

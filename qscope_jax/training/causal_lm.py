@@ -81,11 +81,12 @@ class CausalLM:
             optax.clip_by_global_norm(config.clip),
             optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=config.weight_decay, mask=_is_matrix),
         )
+        self._init = jax.jit(lambda key: Decoder(model, key))
         self._step = jax.jit(partial(_step, self.optimizer), donate_argnums=0)
 
     def init(self) -> CausalLMState:
         """Random parameters from the seed."""
-        decoder = jax.jit(lambda key: Decoder(self.model, key))(jax.random.key(self.config.seed))
+        decoder = self._init(jax.random.key(self.config.seed))
         return CausalLMState(decoder, self.optimizer.init(decoder))  # pyright: ignore[reportArgumentType]
 
     def stream(self) -> TokenStream:

@@ -69,7 +69,9 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(**wanted))
         except (ValueError, KeyError, OSError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise SourceError(f"{self._folder}: checkpoint {step} does not fit this run ({reason}); use another folder or the run's own config") from error
+            raise SourceError(
+                f"{self._folder}: checkpoint {step} does not fit this run ({reason}); use another folder or the run's own config"
+            ) from error
         restored = {item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in _named(tree)]) for item, tree in trees.items()}
         return restored["state"], StreamState(restored["stream"], place["cursor"])
 

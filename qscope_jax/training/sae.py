@@ -124,7 +124,10 @@ class SAETraining:
         """One state a layer: unit random directions, tied encoder, b_dec at the geometric median of the first buffer."""
         self._first = self._begin()
         first = self._first.peek()
-        return tuple(self._init(x, jax.random.fold_in(jax.random.key(self.config.seed), layer)) for layer, x in zip(self.activations.layers, first, strict=True))
+        return tuple(
+            self._init(x, jax.random.fold_in(jax.random.key(self.config.seed), layer))
+            for layer, x in zip(self.activations.layers, first, strict=True)
+        )
 
     def stream(self) -> ActivationStream:
         """Activations from the beginning; the buffer that `init` looked at is not made twice."""
@@ -151,7 +154,13 @@ class SAETraining:
 
     def export(self, state: tuple[SAEState, ...]) -> list[LayerSAE]:
         """SAEs in raw units: the input scale is folded into the biases, directions keep unit norm (`4.4b` of the usual algebra)."""
-        metadata = {"format": "qscope_jax", "source": "trained here", "model_name": self.model.name, "unit_norm_decoder": True, "folds": ["input scale"]}
+        metadata = {
+            "format": "qscope_jax",
+            "source": "trained here",
+            "model_name": self.model.name,
+            "unit_norm_decoder": True,
+            "folds": ["input scale"],
+        }
         return [
             LayerSAE(fold_scale(one.sae, one.scale), layer, {**metadata, "layer": layer, "hook_name": f"model.layers.{layer}"})
             for layer, one in zip(self.activations.layers, state, strict=True)
@@ -194,7 +203,9 @@ def sae_step(
     dead_F = since_F >= config.dead_after_tokens
 
     def gradient(with_aux: bool) -> Callable[[SparseAutoencoder], Any]:
-        loss = partial(sae_loss, z_NF=z_NF, indices_NK=code.indices, x_ND=x, dead_F=dead_F if with_aux else None, aux_k=aux_k, aux_weight=config.aux_weight)
+        loss = partial(
+            sae_loss, z_NF=z_NF, indices_NK=code.indices, x_ND=x, dead_F=dead_F if with_aux else None, aux_k=aux_k, aux_weight=config.aux_weight
+        )
         return lambda sae: jax.grad(loss, has_aux=True)(sae)
 
     # With no dead feature AuxK is exactly 0: its branch is not run, nor are its gradients written.
@@ -207,8 +218,8 @@ def sae_step(
     sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
     rows = sae.W_dec[...]
     sae = replace_param(sae, "W_dec", rows / (jnp.linalg.norm(rows, axis=1, keepdims=True) + 1e-8))
-    metrics = {"fvu": fvu, "aux": aux, "l0": jnp.mean(jnp.sum(code.values > 0, axis=1, dtype=jnp.float32)), "dead": jnp.mean(dead_F, dtype=jnp.float32),
-               "gradient_norm": norm}  # fmt: skip
+    l0, dead = jnp.mean(jnp.sum(code.values > 0, axis=1, dtype=jnp.float32)), jnp.mean(dead_F, dtype=jnp.float32)
+    metrics = {"fvu": fvu, "aux": aux, "l0": l0, "dead": dead, "gradient_norm": norm}
     return SAEState(sae, opt_state, since_F, state.scale), metrics
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +14,13 @@ from qscope_jax.models.language_model import LanguageModel
 @pytest.fixture(scope="session")
 def character_model(tiny_config) -> LanguageModel:
     """Three layers, 32 wide, weights large enough for streams and logits to differ between tokens; a character is a token."""
-    decoder = jax.jit(lambda key: _sharpened(Decoder(tiny_config(), key)))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf) -> jax.Array:
+        weights = np.ones(leaf.shape) if "norm" in jax.tree_util.keystr(path) else 0.2 * rng.standard_normal(leaf.shape)
+        return jnp.asarray(weights, leaf.dtype)
+
+    decoder = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: Decoder(tiny_config(), jax.random.key(0))))
     return LanguageModel(decoder, tokenizer=_read_characters)
 
 
@@ -30,7 +37,3 @@ def sentences() -> Callable[[int], list[str]]:
 
 def _read_characters(texts: list[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
     return {"input_ids": [[ord(character) - 30 for character in text] for text in texts]}
-
-
-def _sharpened(decoder: Decoder) -> Decoder:
-    return jax.tree_util.tree_map_with_path(lambda path, w: w if "norm" in jax.tree_util.keystr(path) else 10 * w, decoder)

@@ -196,7 +196,8 @@ def test_norm_outliers_count_in_the_metrics_over_all_tokens_only(character_model
     kept = np.concatenate([np.delete(x, [0, 4], axis=0) for x in rows])
     assert metrics["fvu"] == pytest.approx(oracle(random_sae(), kept)["fvu"], rel=1e-4)
     assert metrics["mse_all"] > 100 * metrics["mse"]
-    everything = evaluate_sae(model, [from_arrays(random_sae(), 0)], noisy, EvaluationConfig(3, drop_first=False, max_norm_multiple=0.0), splice=False)[0]
+    keep_all = EvaluationConfig(3, drop_first=False, max_norm_multiple=0.0)
+    everything = evaluate_sae(model, [from_arrays(random_sae(), 0)], noisy, keep_all, splice=False)[0]
     assert everything["mse"] == everything["mse_all"] == metrics["mse_all"]
 
 

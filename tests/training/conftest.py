@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,16 @@ OUTLIER = "~"
 @pytest.fixture(scope="session")
 def model(tiny_config) -> LanguageModel:
     """Two layers, 32 wide; a character is a token, and one of them has a stream hundreds of times as large as the others."""
-    decoder = jax.jit(lambda key: _sharpened(Decoder(tiny_config(2), key)))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        weights = np.ones(leaf.shape) if "norm" in name else 0.2 * rng.standard_normal(leaf.shape)
+        if "embedding" in name:
+            weights[_characters(OUTLIER)] *= 500
+        return jnp.asarray(weights, leaf.dtype)
+
+    decoder = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: Decoder(tiny_config(2), jax.random.key(0))))
     return LanguageModel(decoder, tokenizer=lambda texts, add_special_tokens: {"input_ids": [_characters(text) for text in texts]})
 
 
@@ -41,12 +51,3 @@ def token_stream(documents) -> Callable[..., TokenStream]:
 
 def _characters(text: str) -> list[int]:
     return [ord(character) - 30 for character in text]
-
-
-def _sharpened(decoder: Decoder) -> Decoder:
-    def sharpen(path, w: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        w = w if "norm" in name else 10 * w
-        return w.at[ord(OUTLIER) - 30].mul(500) if "embedding" in name else w
-
-    return jax.tree_util.tree_map_with_path(sharpen, decoder)

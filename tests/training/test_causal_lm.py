@@ -29,7 +29,7 @@ def phrases(count, seed=0):
 @pytest.fixture(scope="module")
 def recipe(tiny_config) -> CausalLM:
     config = CausalLMConfig(batch_size=4, length=24, steps=STEPS, learning_rate=0.02, warmup_steps=4, clip=1e3)
-    return CausalLM(tiny_config(1), config, phrases(300), spell, [spell(text) for text in phrases(6, seed=1)])
+    return CausalLM(tiny_config(1), config, phrases(300), spell, [spell(text) for text in phrases(4, seed=1)])
 
 
 def settings(folder="", **changes) -> LoopConfig:

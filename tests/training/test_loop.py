@@ -165,7 +165,9 @@ def test_the_progress_bar_says_what_is_trained_how_fast_and_how_well(capsys):
     assert "walk" in shown and "10/10" in shown and "steps/s" in shown and "loss " in shown
 
 
-@pytest.mark.parametrize("changes, message", [({"steps": 0}, "steps is 0"), ({"log_every": 0}, "log_every 0"), ({"resume": True}, "resume needs run_dir")])
+@pytest.mark.parametrize(
+    "changes, message", [({"steps": 0}, "steps is 0"), ({"log_every": 0}, "log_every 0"), ({"resume": True}, "resume needs run_dir")]
+)
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(**changes)

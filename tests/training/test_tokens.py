@@ -9,7 +9,8 @@ def test_batches_have_the_shape_the_stream_states_and_hold_the_documents(token_s
     stream = token_stream()
     batch = next(stream)
     assert batch.tokens_BT.shape == stream.shape == (4, 24)
-    rows = ["".join(chr(token + 30) for token in tokens[segments == 1]) for tokens, segments in zip(batch.tokens_BT, batch.segment_ids_BT, strict=True)]
+    rows = zip(batch.tokens_BT, batch.segment_ids_BT, strict=True)
+    rows = ["".join(chr(token + 30) for token in tokens[segments == 1]) for tokens, segments in rows]
     assert set(rows) <= set(documents())
 
 

@@ -48,8 +48,6 @@ def run(tour: Tour) -> Chapter:
     data = {
         "detectors": {code: vars(detector) for code, detector in tour.detectors.items()},
         "held_out_accuracy": {code: accuracy[row].tolist() for row, code in enumerate(LANGUAGES)},
-        "most_monolingual": {
-            layer: {code: int(np.argmax(scores)) for code, scores in by_language.items()} for layer, by_language in nu.items()
-        },
+        "most_monolingual": {layer: {code: int(np.argmax(scores)) for code, scores in by_language.items()} for layer, by_language in nu.items()},
     }
     return Chapter(TITLE, summary, checks, data, draw)

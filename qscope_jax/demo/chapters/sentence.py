@@ -20,12 +20,11 @@ def run(tour: Tour) -> Chapter:
         for layer, readout in readouts.items()
     }
     middle = tour.model.config.num_layers // 2
-    lead = strongest[middle][0]
-    peak = tokens[max(range(1, len(tokens)), key=lambda t: lead["activations"][t])] if len(tokens) > 1 else tokens[0]
-    summary = (
-        f"“{tour.sentence}” becomes {len(tokens)} tokens. At layer {middle} its strongest feature is {lead['feature']}, "
-        f"highest on {peak.strip()!r}. The first token is read but not counted: its norm is no guide to meaning."
-    )
+    summary = f"“{tour.sentence}” becomes {len(tokens)} tokens. The first is read but not counted: its norm is no guide to meaning."
+    if strongest[middle] and len(tokens) > 1:
+        lead = strongest[middle][0]
+        peak = tokens[max(range(1, len(tokens)), key=lambda t: lead["activations"][t])]
+        summary += f" At layer {middle} the strongest feature is {lead['feature']}, highest on {peak.strip()!r}."
 
     def draw(page: Page) -> None:
         for layer, features in strongest.items():

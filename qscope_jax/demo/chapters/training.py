@@ -27,7 +27,9 @@ def run(tour: Tour) -> Chapter:
     for layer, values in metrics.items():
         values["dead_in_training"] = float(1 - tour.alive[layer].mean())
         values |= {name: value for name, value in spliced[layer].items() if name.startswith(("ce_", "kl_"))}
-        rows.append((layer, values["fvu"], values["l0"], values["cossim"], values["dead_in_training"], values["dead_fraction"], values["ce_loss_score"]))
+        rows.append(
+            (layer, values["fvu"], values["l0"], values["cossim"], values["dead_in_training"], values["dead_fraction"], values["ce_loss_score"])
+        )
     worst_fvu = max(values["fvu"] for values in metrics.values())
     worst_dead = max(values["dead_in_training"] for values in metrics.values())
     tokens = settings.steps * settings.batch_tokens
@@ -41,7 +43,11 @@ def run(tour: Tour) -> Chapter:
     def draw(page: Page) -> None:
         page.table(columns, rows, caption="Held-out sentences; first tokens and outliers of the norm left out")
         layers = [row[0] for row in rows]
-        page.figure(curves(layers, {"FVU": [r[1] for r in rows], "CE recovered": [r[6] for r in rows]}, title="Fidelity by layer", x_title="layer", y_title=""))
+        page.figure(
+            curves(
+                layers, {"FVU": [r[1] for r in rows], "CE recovered": [r[6] for r in rows]}, title="Fidelity by layer", x_title="layer", y_title=""
+            )
+        )
 
     checks = [
         Check("held-out FVU, worst layer", worst_fvu, "at most 0.20", worst_fvu <= 0.20),
