@@ -53,6 +53,18 @@ def test_each_row_stops_by_itself_and_the_others_go_on(model):
         assert ids_of(completion.text) == list(expected[:-1] if ends else expected)
 
 
+def test_a_row_that_has_stopped_reads_no_further_tokens(model):
+    stop = model.generate(PROMPTS, max_new_tokens=20)[0].token_ids[3]
+    batch = model.batch(PROMPTS, side="left")
+    sampler = Sampler.make(SamplingConfig(stop_token_ids=(stop,)), (), 3)
+    with jax.set_mesh(model.mesh):  # as `generate` does, so that nothing is compiled anew
+        state = prefill(model.decoder, batch.tokens_BT, batch.segment_ids_BT, sampler, (), new_tokens=24)
+        state = decode(model.decoder, state, sampler, (), jnp.int32(20))
+    counts = np.asarray(state.counts_B)
+    assert counts[0] <= 4 < counts.max()
+    assert np.array_equal(state.cache.lengths_B, batch.segment_ids_BT.sum(axis=1) + counts - 1)
+
+
 def test_generation_ends_when_all_rows_have_stopped(model):
     free = model.generate(PROMPTS, max_new_tokens=20)
     batch = model.batch(PROMPTS, side="left")
