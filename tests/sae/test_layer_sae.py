@@ -145,5 +145,3 @@ def test_features_are_spread_over_the_tensor_axis_and_codes_do_not_change(x):
     np.testing.assert_allclose(got.values, expected.values, rtol=1e-6)
     np.testing.assert_allclose(spread.decode(got), whole.decode(expected), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(spread.to_arrays().W_dec, made().W_dec)
-
-
