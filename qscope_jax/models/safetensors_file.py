@@ -158,16 +158,18 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> TensorEnt
     return TensorEntry(path, name, _DTYPES[dtype], shape, base + begin)
 
 
-# Exponent bits all set mean NaN or infinity; the sign is masked away, so one integer maximum decides for a whole block.
-_EXPONENTS: Mapping[np.dtype, tuple[type, int, int]] = {
-    np.dtype(np.float32): (np.uint32, 0x7FFFFFFF, 0x7F800000),
-    np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7FFF, 0x7F80),
+# Signed and unsigned view of a dtype's bits, its exponent mask, and the sign bit.
+_BITS: Mapping[np.dtype, tuple[type, type, int, int]] = {
+    np.dtype(np.float32): (np.int32, np.uint32, 0x7F800000, 0x80000000),
+    np.dtype(np.float16): (np.int16, np.uint16, 0x7C00, 0x8000),
+    np.dtype(ml_dtypes.bfloat16): (np.int16, np.uint16, 0x7F80, 0x8000),
 }
 
 
 def _finite(block: np.ndarray) -> bool:
-    if block.dtype in _EXPONENTS:
-        kind, mask, exponent = _EXPONENTS[block.dtype]
-        return block.size == 0 or int((block.view(kind) & kind(mask)).max()) < exponent
+    """Whether all values are finite, at memory speed: NaN and infinity have all exponent bits set, so they are the largest integers of
+    either sign, and two maxima over the bits decide without a temporary array."""
+    if block.dtype in _BITS and block.size:
+        signed, unsigned, exponent, sign = _BITS[block.dtype]
+        return int(block.view(signed).max()) < exponent and int(block.view(unsigned).max()) < sign | exponent
     return block.dtype.kind != "f" or bool(np.isfinite(block).all())

@@ -1,6 +1,7 @@
 """Residual streams as training data: made on the fly by the model, filtered, mixed in a buffer on the device, served in batches.
 
-One model pass feeds the SAEs of all tapped layers, and one permutation mixes them, so that each sees what it would see alone.
+One model pass feeds the SAEs of all tapped layers, and one permutation mixes them: each sees what it would see alone, less the tokens that
+are outliers in another layer.
 """
 
 from dataclasses import dataclass

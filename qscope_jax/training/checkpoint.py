@@ -63,7 +63,7 @@ class Checkpoints:
         try:
             place = self._manager.restore(step, args=ocp.args.Composite(place=ocp.args.JsonRestore()))["place"]  # pyright: ignore[reportCallIssue]
             for item, tree in trees.items():
-                # Compared here, before anything is read: Orbax would pad or cut some arrays, cast others, and say little about the rest.
+                # Compared here, before anything is read: Orbax would cast other dtypes, and its errors do not name what differs.
                 _check_same(place[item], _described(_named(tree)))
             wanted = {item: ocp.args.StandardRestore(abstract(_named(tree))) for item, tree in trees.items() if _named(tree)}  # pyright: ignore[reportCallIssue]
             found = self._manager.restore(step, args=ocp.args.Composite(**wanted))

@@ -87,9 +87,9 @@ def test_pythons_documentation_is_prose():
     assert len(paragraphs) > 300 and all("\n" not in paragraph and len(paragraph) > 80 for paragraph in paragraphs)
 
 
-def test_mixed_prompts_change_from_one_held_out_sentence_to_another():
+def test_mixed_prompts_change_language_after_a_held_out_sentence_and_stop_a_few_characters_later():
     prompts = mixed_prompts(5, seed=5)
     english, chinese = sentences("en", held_out=True), sentences("zh", held_out=True)
     for prompt in prompts:
-        assert any(prompt == f"{first} {second}" for first in english for second in chinese)
+        assert any(prompt == f"{first} {second[:4]}" for first in english for second in chinese)
     assert prompts == mixed_prompts(5, seed=5) != mixed_prompts(5, seed=6)

@@ -35,6 +35,9 @@ class AddByHand:
     layer: jax.Array
     shift_BD: jax.Array
 
+    def check(self, num_layers, d_model, rows):
+        assert self.shift_BD.shape == (rows, d_model)
+
     def touches(self, layer):
         return self.layer == layer
 
@@ -222,6 +225,27 @@ def test_another_feature_strength_layer_or_place_compiles_nothing(character_mode
         results.append(run(saes[1], [0, 23], [40.0, 40.0], positions="1-2,-1", phase="prefill"))
     assert compilations.count == 0
     assert len({tuple(result) for result in results}) == 3
+
+
+def test_an_edit_that_does_not_fit_the_model_or_the_batch_is_refused_before_anything_runs(character_model, saes):
+    width = character_model.config.d_model
+    beyond = add_directions(character_model.config.num_layers, np.ones((1, width)), 1.0)
+    narrow = add_directions(0, np.ones((1, width - 1)), 1.0)
+    for edit, error, told in (
+        (beyond, InputError, "acts after layer 3"),
+        (narrow, ShapeError, "made for another model"),
+        (steer(saes[0], 1, np.ones((5, 1))), InputError, "values for 5 prompts, the batch has 2"),
+    ):
+        with pytest.raises(error, match=told):
+            character_model.generate(PROMPTS, SHORT, edits=[edit])
+        with pytest.raises(error, match=told):
+            character_model.logits(PROMPTS, edits=[edit])
+
+
+def test_a_prompt_draws_with_the_same_seed_at_every_dose(character_model, saes):
+    drawn = dose_sweep(character_model, PROMPTS, saes[1], 3, [0.0, 1e-9, 1e-8], sampling=SamplingConfig(max_new_tokens=6, temperature=1.0))
+    first, *others = ([completion.token_ids for completion in rows] for rows in drawn.values())
+    assert all(other == first for other in others)
 
 
 def test_what_cannot_be_steered_is_refused_in_one_line(character_model, saes):

@@ -84,7 +84,8 @@ def test_added_directions_equal_forward_hooks_in_torch(make_reference, decoder, 
     assert_close(out.logits, logits, 1e-5)
 
 
-def test_strength_0_and_layer_minus_1_are_bit_identical_to_no_edit(decoder, tokens):
+def test_strength_0_and_layer_minus_1_are_bit_identical_to_no_edit(decoders, tokens):
+    decoder = decoders["scanned"]
     plain = run(decoder, tokens)
     for edit in (add(strengths=[[0.0, 0.0]]), add(layers=(-1, -1)), add(place=where([30]))):
         edited = run(decoder, tokens, edit)
@@ -150,8 +151,8 @@ def test_edits_apply_in_their_order(decoders, tokens):
         (([2, 14], "decode"), 14),
     ],
 )
-def test_cached_decoding_with_an_edit_equals_full_recomputation_with_it(decoder, cached_step, tokens, cached, whole):
-    tokens = np.asarray(tokens)
+def test_cached_decoding_with_an_edit_equals_full_recomputation_with_it(decoders, cached_step, tokens, cached, whole):
+    decoder, tokens = decoders["scanned"], np.asarray(tokens)
     ids = np.ones_like(tokens)
     ids[0, :5] = 0  # left padding; its prompt is shorter, so places that depend on the prompt's length are compared in the other rows
     rows = slice(0 if cached[1] == "both" and not isinstance(cached[0], int | slice) else 1, 3)

@@ -109,10 +109,11 @@ def test_settings_that_are_unknown_or_out_of_range_are_refused(model, settings, 
 
 
 def test_text_goes_in_and_text_comes_out(folder):
-    model = load_model(folder)
+    model = load_model(folder, scan=True)
     assert model.tokenize(["one three", "two"]) == [[1, 3], [2]]
-    (completion,) = model.generate(["one three"], max_new_tokens=4)
-    assert completion.text.split() == [WORDS[token] for token in completion.token_ids if token < len(WORDS)]
+    # As many prompts and tokens as in the tests of generation, whose program is used again.
+    for completion in model.generate(["one three", "two", "three"], max_new_tokens=24):
+        assert completion.text.split() == [WORDS[token] for token in completion.token_ids if token < len(WORDS)]
     assert model.name == str(folder) and load_model(folder).tokenizer is not model.tokenizer
 
 

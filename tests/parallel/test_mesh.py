@@ -66,7 +66,7 @@ def test_a_users_mesh_is_adopted_with_our_axes():
     mesh = adopt_mesh(theirs)
     assert mesh.axis_names == AXES and list(mesh.shape.values()) == [2, 1, 1, 4]
     assert set(mesh.axis_types) == {AxisType.Auto}
-    assert mesh.devices[1, 0, 0, 3] == theirs.devices[3, 1]
+    assert mesh.devices[1, 0, 0, 2] == theirs.devices[2, 1] and mesh.devices[0, 0, 0, 3] == theirs.devices[3, 0]
     assert adopt_mesh(mesh) == mesh
 
 

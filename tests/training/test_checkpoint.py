@@ -98,6 +98,10 @@ def other_shape():
     return state() | {"weights": jnp.zeros((4, 5), jnp.float32)}
 
 
+def other_dtype():
+    return state() | {"weights": jnp.zeros((4, 3), jnp.bfloat16)}
+
+
 def fewer_leaves():
     return {"weights": state()["weights"]}
 
@@ -111,10 +115,10 @@ def other_names():
     return {"W": found["weights"], "half": found["half"]}
 
 
-@pytest.mark.parametrize("other", [other_shape, fewer_leaves, more_leaves, other_names])
+@pytest.mark.parametrize("other", [other_shape, other_dtype, fewer_leaves, more_leaves, other_names])
 def test_the_checkpoint_of_another_run_is_one_clear_line(other, checkpoints):
     checkpoints.save(1, state(), stream())
-    with pytest.raises(SourceError, match=r"checkpoint 1 does not fit this run \(.*\); use another folder") as caught:
+    with pytest.raises(SourceError, match=r"checkpoint 1 does not fit this run \(\w+ is .*, this run has .*\); use another folder") as caught:
         checkpoints.restore(abstract(other()), abstract(stream().arrays))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
