@@ -14,7 +14,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 from qscope_jax.errors import InputError, SourceError
 
@@ -58,6 +58,10 @@ def load_texts(source: str | Path, *, column: str = "text", split: str = "train"
     if not any(text.strip() for text in texts):
         raise SourceError(f"{source}: holds no text ({len(texts)} documents, all blank); check the source and the column")
     return texts
+
+
+# Documents of type str, unread: a checker of types that samples elements would read, and fail on, a damaged row before its time.
+_Documents: TypeAlias = Sequence[Any]
 
 
 class _Texts(Sequence[str]):
@@ -130,7 +134,7 @@ class _JoinedTexts(_Texts):
         return self._parts[part][index - self._ends[part]]
 
 
-def _folder_texts(folder: Path, column: str, limit: int | None) -> Sequence[str]:
+def _folder_texts(folder: Path, column: str, limit: int | None) -> _Documents:
     visible = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     files = [file for file in visible if file.suffix.lower() in _READERS and file.is_file()]
     if not files:
@@ -145,7 +149,7 @@ def _folder_texts(folder: Path, column: str, limit: int | None) -> Sequence[str]
     return _JoinedTexts(parts)
 
 
-def _file_texts(path: Path, column: str, limit: int | None) -> Sequence[str]:
+def _file_texts(path: Path, column: str, limit: int | None) -> _Documents:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise SourceError(f"{path}: is neither a folder nor one of {', '.join(_READERS)}; convert it to one of these")
@@ -181,7 +185,7 @@ def _lines(path: Path) -> Iterator[_Line]:
                 raise SourceError(f"{path} line {number}: is not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file to UTF-8") from error
 
 
-def _plain_texts(path: Path, column: str, limit: int | None) -> Sequence[str]:
+def _plain_texts(path: Path, column: str, limit: int | None) -> _Documents:
     del column  # a text file has none
     offsets = array("q")
     inside = False
@@ -203,7 +207,7 @@ def _joined_lines(raw: bytes) -> str:
     return raw.decode("utf-8").replace("\r\n", "\n").rstrip("\n")
 
 
-def _json_texts(path: Path, column: str, limit: int | None) -> Sequence[str]:
+def _json_texts(path: Path, column: str, limit: int | None) -> _Documents:
     offsets = array("q")
     for line in _lines(path):
         if not line.text.strip():
@@ -237,7 +241,7 @@ def _json_text(line: str | bytes, column: str, where: str) -> str:
     return text
 
 
-def _parquet_texts(path: Path, column: str, limit: int | None) -> Sequence[str]:
+def _parquet_texts(path: Path, column: str, limit: int | None) -> _Documents:
     import pyarrow
     import pyarrow.parquet
     from datasets import Dataset
@@ -254,7 +258,7 @@ def _parquet_texts(path: Path, column: str, limit: int | None) -> Sequence[str]:
     return _dataset_texts(str(path), dataset, column, limit)
 
 
-_READERS: dict[str, Callable[[Path, str, int | None], Sequence[str]]] = {
+_READERS: dict[str, Callable[[Path, str, int | None], _Documents]] = {
     ".txt": _plain_texts,
     ".jsonl": _json_texts,
     ".json": _json_texts,
@@ -262,7 +266,7 @@ _READERS: dict[str, Callable[[Path, str, int | None], Sequence[str]]] = {
 }
 
 
-def _hub_texts(name: str, column: str, split: str, limit: int | None) -> Sequence[str]:
+def _hub_texts(name: str, column: str, split: str, limit: int | None) -> _Documents:
     import datasets
     import datasets.config
 
@@ -297,7 +301,7 @@ def _hub_errors(name: str, split: str) -> Iterator[None]:
         raise SourceError(f"{name}: no such file or folder, and split {split} cannot be loaded from the hub ({reason}); check the name") from error
 
 
-def _dataset_texts(name: str, dataset: Any, column: str, limit: int | None) -> Sequence[str]:
+def _dataset_texts(name: str, dataset: Any, column: str, limit: int | None) -> _Documents:
     _check_column(name, column, dataset.column_names)
     kind = getattr(dataset.features[column], "dtype", "nested value")
     if kind not in ("string", "large_string"):

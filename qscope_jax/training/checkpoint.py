@@ -92,7 +92,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _described(leaves: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{jax.numpy.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]" for name, leaf in leaves.items()}
+    return {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in leaves.items()}
 
 
 def _check_same(saved: Mapping[str, str], expected: Mapping[str, str]) -> None:

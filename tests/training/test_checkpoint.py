@@ -118,7 +118,7 @@ def other_names():
 @pytest.mark.parametrize("other", [other_shape, other_dtype, fewer_leaves, more_leaves, other_names])
 def test_the_checkpoint_of_another_run_is_one_clear_line(other, checkpoints):
     checkpoints.save(1, state(), stream())
-    with pytest.raises(SourceError, match=r"checkpoint 1 does not fit this run \(\w+ is .*, this run has .*\); use another folder") as caught:
+    with pytest.raises(SourceError, match=r"checkpoint 1 does not fit this run \([\w.]+ is .*, this run has .*\); use another folder") as caught:
         checkpoints.restore(abstract(other()), abstract(stream().arrays))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
