@@ -167,8 +167,11 @@ _BITS: Mapping[np.dtype, tuple[type, type, int, int]] = {
 
 
 def _finite(block: np.ndarray) -> bool:
-    """Whether all values are finite, at memory speed: NaN and infinity have all exponent bits set, so they are the largest integers of
-    either sign, and two maxima over the bits decide without a temporary array."""
+    """Whether all values are finite, at memory speed.
+
+    NaN and infinity have all exponent bits set, so they are the largest integers of either sign: two maxima over the bits decide, and no
+    temporary array is made.
+    """
     if block.dtype in _BITS and block.size:
         signed, unsigned, exponent, sign = _BITS[block.dtype]
         return int(block.view(signed).max()) < exponent and int(block.view(unsigned).max()) < sign | exponent
