@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _BLOCK = 64
+_PARTS = 16
 
 
 def top_k(z_NF: Float[Array, "N F"], k: int) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
@@ -29,10 +30,19 @@ def block_top_k(z_NF: Float[Array, "N F"], k: int, block: int) -> tuple[Float[Ar
     """Two-stage selection with blocks of `block` features; `F` must be a multiple of it and hold at least k blocks."""
     rows, width = z_NF.shape
     blocks = z_NF.reshape(rows, width // block, block)
-    _, chosen_NK = jax.lax.top_k(jnp.max(blocks, axis=-1), k)
+    _, chosen_NK = _top_k_in_parts(jnp.max(blocks, axis=-1), k)
     # In order of position, so that ties inside the second stage still go to the lower feature.
     chosen_NK = jnp.sort(chosen_NK, axis=-1)
     candidates = jnp.take_along_axis(blocks, chosen_NK[..., None], axis=1).reshape(rows, k * block)
-    values_NK, places_NK = jax.lax.top_k(candidates, k)
+    values_NK, places_NK = _top_k_in_parts(candidates, k)
     indices_NK = jnp.take_along_axis(chosen_NK, places_NK // block, axis=-1) * block + places_NK % block
     return values_NK, indices_NK
+
+
+def _top_k_in_parts(rows_NW: Array, k: int) -> tuple[Array, Array]:
+    """`jax.lax.top_k`; on a CPU as sixteen calls, each of which runs on one core, but beside others when there are many."""
+    if jax.default_backend() != "cpu" or rows_NW.shape[0] % _PARTS:
+        values_NK, indices_NK = jax.lax.top_k(rows_NW, k)
+        return values_NK, indices_NK
+    parts = [jax.lax.top_k(part, k) for part in jnp.split(rows_NW, _PARTS)]
+    return jnp.concatenate([values for values, _ in parts]), jnp.concatenate([indices for _, indices in parts])

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.errors import ConfigError
 from qscope_jax.models.language_model import LanguageModel
-from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
 from qscope_jax.sae.layer_sae import LayerSAE
 from qscope_jax.sae.metrics import evaluate_sae
 from qscope_jax.sae.sparse import sparse_decode
@@ -197,27 +197,28 @@ def sae_step(
     The decoder's gradient loses its part along each direction before clipping, and directions are renormalised after the step.
     """
     x = x_ND.astype(jnp.float32) / state.scale
-    z_NF, code = _encode(state.sae, x)
+    code = jax.lax.stop_gradient(state.sae.encode(x))
     fired_F = jnp.zeros((config.num_features,), bool).at[code.indices].max(code.values > 0)
     since_F = jnp.where(fired_F, 0, jnp.minimum(state.tokens_since_fired + x.shape[0], _COUNTER_LIMIT))
     dead_F = since_F >= config.dead_after_tokens
 
     def gradient(with_aux: bool) -> Callable[[SparseAutoencoder], Any]:
-        loss = partial(
-            sae_loss, z_NF=z_NF, indices_NK=code.indices, x_ND=x, dead_F=dead_F if with_aux else None, aux_k=aux_k, aux_weight=config.aux_weight
-        )
+        loss = partial(sae_loss, code=code, x_ND=x, dead_F=dead_F if with_aux else None, aux_k=aux_k, aux_weight=config.aux_weight)
         return lambda sae: jax.grad(loss, has_aux=True)(sae)
 
     # With no dead feature AuxK is exactly 0: its branch is not run, nor are its gradients written.
     grads, (fvu, aux) = jax.lax.cond(jnp.any(dead_F), gradient(True), gradient(False), state.sae)
-    grads = replace_param(grads, "W_dec", _project(grads.W_dec[...], state.sae.W_dec[...]))
-    norm = optax.tree.norm(grads)
+    rows_FD = state.sae.W_dec[...]
+    along_F = jnp.sum(grads.W_dec[...] * rows_FD, axis=1)
+    # Pythagoras with unit directions, so that the projected gradient is made only where it is used.
+    norm = jnp.sqrt(jnp.maximum(optax.tree.norm(grads, squared=True) - jnp.sum(jnp.square(along_F)), 0))
+    grads = replace_param(grads, "W_dec", grads.W_dec[...] - along_F[:, None] * rows_FD)
     grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12)), grads)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its int32 step
         updates, opt_state = optimizer.update(grads, state.optimizer, state.sae)  # pyright: ignore[reportArgumentType]
     sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
-    rows = sae.W_dec[...]
-    sae = replace_param(sae, "W_dec", rows / (jnp.linalg.norm(rows, axis=1, keepdims=True) + 1e-8))
+    # The condition always holds. Without it XLA's CPU compiler makes one call of the update and the sums over its rows, in arrays of their own.
+    sae = replace_param(sae, "W_dec", jax.lax.cond(since_F[0] >= 0, _normalise, lambda rows: rows, sae.W_dec[...]))
     l0, dead = jnp.mean(jnp.sum(code.values > 0, axis=1, dtype=jnp.float32)), jnp.mean(dead_F, dtype=jnp.float32)
     metrics = {"fvu": fvu, "aux": aux, "l0": l0, "dead": dead, "gradient_norm": norm}
     return SAEState(sae, opt_state, since_F, state.scale), metrics
@@ -226,8 +227,7 @@ def sae_step(
 def sae_loss(
     sae: SparseAutoencoder,
     *,
-    z_NF: Float[Array, "N F"],
-    indices_NK: Int[Array, "N K"],
+    code: SparseCode,
     x_ND: Float[Array, "N D"],
     dead_F: Bool[Array, " F"] | None,
     aux_k: int,
@@ -243,20 +243,18 @@ def sae_loss(
 
     Args:
         sae: Parameters.
-        z_NF: Their pre-activations, computed outside (no gradient flows through the array).
-        indices_NK: The selected features.
+        code: Their code of the batch, computed outside.
         x_ND: The batch.
         dead_F: Dead features, or None to leave AuxK out.
         aux_k: Slots of the auxiliary code.
         aux_weight: Its weight.
     """
-    seen_ND = sae.encoder_input(x_ND)
-    error = x_ND - sae.decode(sae.at(z_NF, indices_NK, seen_ND))
+    error = x_ND - sae.decode(sae.at(code, x_ND))
     fvu = _unexplained(error, x_ND)
     if dead_F is None:
         return fvu, (fvu, jnp.float32(0))
     target = jax.lax.stop_gradient(error)
-    aux_code = sae.select(jnp.where(dead_F, z_NF, -jnp.inf), seen_ND, aux_k)
+    aux_code = sae.encode(x_ND, k=aux_k, allowed_F=dead_F)
     aux = _unexplained(target - sparse_decode(aux_code.values, aux_code.indices, sae.W_dec[...]), target)
     return fvu + aux_weight * aux, (fvu, aux)
 
@@ -278,14 +276,8 @@ def replace_param(sae: Any, name: str, value: Array) -> Any:
     return jax.tree_util.tree_map_with_path(swap, sae)
 
 
-def _encode(sae: SparseAutoencoder, x_ND: Array) -> tuple[Array, Any]:
-    z_NF = jax.lax.stop_gradient(sae.pre_activations(x_ND))
-    return z_NF, sae.select(z_NF, sae.encoder_input(x_ND), sae.k)
-
-
-def _project(gradient_FD: Array, rows_FD: Array) -> Array:
-    """Remove each row's component along the unit direction it belongs to."""
-    return gradient_FD - jnp.sum(gradient_FD * rows_FD, axis=1, keepdims=True) * rows_FD
+def _normalise(rows_FD: Array) -> Array:
+    return rows_FD / (jnp.linalg.norm(rows_FD, axis=1, keepdims=True) + 1e-8)
 
 
 def _unexplained(error_ND: Array, x_ND: Array) -> Array:

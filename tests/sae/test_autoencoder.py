@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qscope_jax.sae import autoencoder
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode, densify
 
 N, F, D, K = 16, 96, 24, 6
@@ -183,3 +184,25 @@ def test_an_sae_is_a_pytree_of_its_parameters_alone():
     again = jax.tree.unflatten(structure, leaves)
     assert (again.k, again.activation, again.apply_b_dec_to_input) == (K, "topk", False)
     assert structure != jax.tree.structure(build(a, k=K + 1))
+
+
+@pytest.mark.parametrize("tokens", [511, 512, 700])
+def test_tokens_encoded_in_chunks_have_the_codes_of_all_at_once(tokens, monkeypatch):
+    rng = np.random.default_rng(0)
+    W, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8192, 4), (tokens, 4)))
+    sae = SparseAutoencoder(W, W, jnp.zeros((8192,)), jnp.zeros((4,)), k=3)
+    got = jax.jit(lambda x: sae.encode(x))(x)
+    monkeypatch.setattr(autoencoder, "_CHUNK", 10_000)
+    whole = jax.jit(lambda x: sae.encode(x))(x)
+    np.testing.assert_array_equal(got.indices, whole.indices)
+    np.testing.assert_allclose(got.values, whole.values, rtol=1e-6)
+
+
+def test_a_code_keeps_to_the_features_and_slots_it_is_allowed():
+    a = random_numbers()
+    sae, x = build(a), jnp.asarray(a["x"])
+    allowed = jnp.arange(F) % 2 == 0
+    code = sae.encode(x, k=4, allowed_F=allowed)
+    z = np.where(np.asarray(allowed), sae.pre_activations(x), -np.inf)
+    assert code.values.shape == (len(x), 4)
+    np.testing.assert_array_equal(code.indices, np.argsort(-z, axis=1, kind="stable")[:, :4])

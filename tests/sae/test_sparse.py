@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qscope_jax.sae import sparse
-from qscope_jax.sae.sparse import combine_rows, dot_rows, scatter_rows, scatter_scalars, select_pre_activations, sparse_decode
+from qscope_jax.sae.sparse import combine_rows, dot_rows, scatter_rows, scatter_scalars, chosen_pre_activations, sparse_decode
 
 N, F, D, K = 7, 40, 12, 5
 FORMS = ["dense", "gather", "scan"]
@@ -65,6 +65,25 @@ def test_scattering_rows_equals_the_dense_product_with_all_gradients(how, arrays
     assert_close(got, with_gradients(lambda v, y: jnp.einsum("nk,nkf,nd->fd", v, one_hot(a), y), a["values"], a["y"]))
 
 
+@pytest.mark.parametrize("tokens, features", [(1, 40), (37, 8), (300, 64), (50, 4000)])
+def test_rows_of_features_that_fire_rarely_or_often_are_summed_whole(tokens, features):
+    # A skewed code: some features fire for every token, most for none, so that rows need from no turn of the loop to many.
+    rng = np.random.default_rng(tokens)
+    share = rng.random(features) ** 6
+    indices = np.stack([rng.choice(features, K, replace=False, p=share / share.sum()) for _ in range(tokens)]).astype(np.int32)
+    values, y = rng.standard_normal((tokens, K)).astype(np.float32), rng.standard_normal((tokens, D)).astype(np.float32)
+    expected = np.zeros((features, D))
+    np.add.at(expected, indices, values[..., None].astype(np.float64) * y[:, None])
+    np.testing.assert_allclose(scatter_rows(jnp.asarray(values), jnp.asarray(indices), jnp.asarray(y), features, "scan"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_entries_are_sorted_alike_by_one_key_and_by_two():
+    features = jnp.asarray(np.random.default_rng(0).integers(0, 7, 60), jnp.int32)
+    expected = np.argsort(np.asarray(features), kind="stable")
+    for number in (7, 2**30):
+        np.testing.assert_array_equal(sparse._sort_entries(features, number), expected)
+
+
 def test_scattering_scalars_equals_the_dense_sum_with_its_gradient(arrays):
     got = with_gradients(lambda v: scatter_scalars(v, arrays["indices"], F), arrays["values"])
     assert_close(got, with_gradients(lambda v: jnp.einsum("nk,nkf->f", v, one_hot(arrays)), arrays["values"]))
@@ -83,14 +102,14 @@ def test_selected_pre_activations_and_their_backward_pass_equal_the_dense_ones(h
     monkeypatch.setattr(sparse, "strategy", lambda *sizes: how)
     a = arrays
     z = a["x"] @ a["W"].T + a["b"]
-    got = with_gradients(lambda x, W, b: select_pre_activations(z, a["indices"], x, W, b), a["x"], a["W"], a["b"])
+    got = with_gradients(lambda x, W, b: chosen_pre_activations(jnp.take_along_axis(z, a["indices"], axis=1), a["indices"], x, W, b), a["x"], a["W"], a["b"])
     assert_close(got, with_gradients(lambda x, W, b: jnp.einsum("nf,nkf->nk", x @ W.T + b, one_hot(a)), a["x"], a["W"], a["b"]))
 
 
 def test_no_gradient_reaches_the_array_of_pre_activations(arrays):
     a = arrays
     z = a["x"] @ a["W"].T + a["b"]
-    gradient = jax.grad(lambda z: jnp.sum(select_pre_activations(z, a["indices"], a["x"], a["W"], a["b"])))(z)
+    gradient = jax.grad(lambda z: jnp.sum(chosen_pre_activations(jnp.take_along_axis(z, a["indices"], axis=1), a["indices"], a["x"], a["W"], a["b"])))(z)
     assert not np.any(gradient)
 
 
@@ -101,7 +120,7 @@ def test_nothing_of_tokens_by_features_is_kept_for_or_made_in_the_backward_pass(
 
     def rebuild(W_enc, W_dec, b, x):
         z = jax.lax.stop_gradient(x @ W_enc.T + b)
-        return sparse_decode(select_pre_activations(z, a["indices"], x, W_enc, b), a["indices"], W_dec)
+        return sparse_decode(chosen_pre_activations(jnp.take_along_axis(z, a["indices"], axis=1), a["indices"], x, W_enc, b), a["indices"], W_dec)
 
     out, backward = jax.vjp(rebuild, a["W"], a["W"], a["b"], a["x"])
     kept = [leaf.shape for leaf in jax.tree.leaves(backward)]

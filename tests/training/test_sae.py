@@ -94,9 +94,8 @@ def dead():
 
 
 def loss(sae, x, dead, aux_weight=1 / 32, aux_k=AUX_K):
-    z = jax.lax.stop_gradient(sae.pre_activations(x))
-    indices = sae.select(z, sae.encoder_input(x), sae.k).indices
-    return sae_loss(sae, z_NF=z, indices_NK=indices, x_ND=x, dead_F=dead, aux_k=aux_k, aux_weight=aux_weight)
+    code = jax.lax.stop_gradient(sae.encode(x))
+    return sae_loss(sae, code=code, x_ND=x, dead_F=dead, aux_k=aux_k, aux_weight=aux_weight)
 
 
 gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(3, 4))
