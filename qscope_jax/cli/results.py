@@ -1,13 +1,10 @@
 """What verbs write: one JSON file with the resolved options and the result."""
 
 import dataclasses
-import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from qscope_jax.data.files import write_json
 from qscope_jax.errors import SourceError
@@ -41,15 +38,4 @@ def check_writable(path: str, *, folder: bool = False) -> None:
 def write_result(path: str, verb: str, config: Any, result: Mapping[str, Any]) -> None:
     """Write `{"verb", "config", **result}` as JSON; an empty path writes nothing."""
     if path:
-        write_json(Path(path).expanduser(), plain({"verb": verb, "config": dataclasses.asdict(config), **result}))
-
-
-def plain(value: Any) -> Any:
-    """The value in JSON's terms: NumPy scalars and arrays as numbers and lists, keys as text, what is not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        write_json(Path(path).expanduser(), {"verb": verb, "config": dataclasses.asdict(config), **result})

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, overload
 import yaml
 
 from qscope_jax.cli.options import Integers, check_at_least
-from qscope_jax.cli.results import check_writable, plain
+from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import ModelOptions, cut_texts, open_model
+from qscope_jax.data.files import plain
 from qscope_jax.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from qscope_jax.data.files import write_json
 from qscope_jax.data.hub import open_source
 from qscope_jax.demo.corpus import LANGUAGES, documents, python_documentation, sentences
+from qscope_jax.errors import QscopeError
 from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.weights import save_decoder
 from qscope_jax.training.causal_lm import CausalLM, CausalLMConfig
@@ -99,7 +100,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TRAINING.steps, help="optimiser steps")
     parser.add_argument("--run-dir", default="", help="folder for metrics and checkpoints")
     arguments = parser.parse_args()
-    metrics = make_model(arguments.out, replace(TRAINING, steps=arguments.steps), arguments.run_dir)
+    try:
+        metrics = make_model(arguments.out, replace(TRAINING, steps=arguments.steps), arguments.run_dir)
+    except QscopeError as error:
+        parser.error(str(error))
     print(json.dumps(metrics))
 
 

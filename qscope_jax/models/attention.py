@@ -81,7 +81,7 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.k_RBGSC, k[None], start), jax.lax.dynamic_update_slice(cache.v_RBGSC, v[None], start)
             )
             k, v = (x[0] if x.shape[0] == 1 else x[repeat] for x in (cache.k_RBGSC, cache.v_RBGSC))
-        out_BTHC = attend(q, k, v, context.mask_BTS)
+        out_BTHC = attend(q, k, v, context.mask_BTS) if cache is not None else attend_in_blocks(q, k, v, context.mask_BTS)
         return linear(out_BTHC.reshape(batch, length, -1), self.o_proj[...]), cache
 
 
@@ -103,6 +103,22 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSC.dtype).reshape(batch, groups, -1, scores.shape[-1])
     out = jnp.einsum("bgqs,bgsc->bgqc", weights, v_BGSC, precision=precision)
     return out.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
+
+
+def attend_in_blocks(
+    q_BTHC: Float[Array, "B T H C"], k_BGSC: Float[Array, "B G T C"], v_BGSC: Float[Array, "B G T C"], mask_BTT: Bool[Array, "B T T"]
+) -> Float[Array, "B T H C"]:
+    """`attend` among the tokens of one call, which see no later ones: each block of queries meets only the keys up to its end.
+
+    Four blocks leave out 3/8 of the scores, which the mask would throw away; below 64 queries a block is not worth its overhead.
+    """
+    length = q_BTHC.shape[1]
+    block = max(length // 4, 64)
+    if length % block or length == block:
+        return attend(q_BTHC, k_BGSC, v_BGSC, mask_BTT)
+    ends = range(block, length + 1, block)
+    parts = [attend(q_BTHC[:, e - block : e], k_BGSC[:, :, :e], v_BGSC[:, :, :e], mask_BTT[:, e - block : e, :e]) for e in ends]
+    return jnp.concatenate(parts, axis=1)
 
 
 def causal_mask(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"], slot: Int[Array, ""]) -> Bool[Array, "B T S"]:

@@ -126,8 +126,15 @@ class LanguageModel:
         return ids
 
     def batch(self, texts: Sequence[str], side: Literal["left", "right"] = "right") -> TokenBatch:
-        """Tokenise and pad to a bucketed length, so that new lengths rarely compile."""
+        """Tokenise and pad to a bucketed length, so that new lengths rarely compile.
+
+        Raises:
+            InputError: an empty text, or one of more tokens than the model has positions.
+        """
         ids = self.tokenize(texts)
+        longest = max(range(len(ids)), key=lambda row: len(ids[row]))
+        if len(ids[longest]) > self.config.max_positions:
+            raise InputError(f"text {longest} has {len(ids[longest])} tokens; {self.name} has {self.config.max_positions} positions, cut the text")
         return pad_batch(ids, length=bucket_length(max(map(len, ids))), side=side)
 
     def check_layer(self, layer: int) -> int:

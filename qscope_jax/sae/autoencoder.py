@@ -14,6 +14,7 @@ from qscope_jax.sae.topk import top_k
 
 _CHUNK = 256
 
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SparseCode:

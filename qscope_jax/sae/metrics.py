@@ -134,15 +134,18 @@ def evaluate_sae(
     for start in range(0, len(texts), config.batch_size):
         batch = model.batch(texts[start : start + config.batch_size])
         segment_ids = jnp.asarray(batch.segment_ids_BT)
-        out = forward(model.decoder, batch.tokens_BT, segment_ids, (), jnp.asarray(layers, jnp.int32))
-        assert out.residuals is not None and out.logits is not None
+        with jax.set_mesh(model.mesh):
+            out = forward(model.decoder, batch.tokens_BT, segment_ids, (), jnp.asarray(layers, jnp.int32), stop_after=None if splice else max(layers))
+        assert out.residuals is not None
         for sae, x in zip(saes, out.residuals, strict=True):
             mask = ordinary_tokens(x, segment_ids, max_norm_multiple=config.max_norm_multiple, drop_first=config.drop_first)
             flat = x.reshape(-1, x.shape[-1])
             ordinary[sae.layer].add(sae.autoencoder, flat, mask.reshape(-1))
             every[sae.layer].add(sae.autoencoder, flat, segment_ids.reshape(-1) > 0)
-            if splice:
-                for name, value in splice_sums(model.decoder, sae, batch, x, out.logits, config).items():
+            if out.logits is not None:
+                with jax.set_mesh(model.mesh):
+                    sums = splice_sums(model.decoder, sae, batch, x, out.logits, config)
+                for name, value in sums.items():
                     spliced[sae.layer][name] = spliced[sae.layer].get(name, 0.0) + value
     results = {}
     for layer in layers:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qscope_jax.data.files import atomic_path
+from qscope_jax.data.files import atomic_path, plain
 from qscope_jax.errors import ConfigError, SourceError
 from qscope_jax.training.checkpoint import Checkpoints, StreamState
 
@@ -160,7 +160,7 @@ class MetricsLog:
         if not metrics:
             return
         self.last = {**self.last, **{k: v for k, v in metrics.items() if isinstance(v, float)}}
-        line = json.dumps({"step": step, **metrics})
+        line = json.dumps(plain({"step": step, **metrics}))
         if self._path is not None and line != self._last_line:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from qscope_jax.cli.results import check_writable, plain, write_result
+from qscope_jax.cli.results import check_writable, write_result
 from qscope_jax.errors import SourceError
 
 
@@ -25,10 +25,6 @@ def test_no_name_writes_nothing(tmp_path, monkeypatch):
     check_writable("")
     write_result("", "verb", Config(), {})
     assert not list(tmp_path.iterdir())
-
-
-def test_plain_leaves_text_and_whole_numbers_alone():
-    assert plain({"a": (1, "x", True, None, float("inf"))}) == {"a": [1, "x", True, None, None]}
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qscope_jax.data.files import atomic_path, read_json, write_json
+from qscope_jax.data.files import atomic_path, plain, read_json, write_json
 from qscope_jax.errors import SourceError
 
 
@@ -18,6 +18,10 @@ FAILURES = [ValueError, KeyboardInterrupt, Interrupted]
 
 def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
+
+
+def test_plain_leaves_text_and_whole_numbers_alone():
+    assert plain({"a": (1, "x", True, None, float("inf"))}) == {"a": [1, "x", True, None, None]}
 
 
 def test_file_appears_only_when_it_is_complete(tmp_path):

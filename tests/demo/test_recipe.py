@@ -46,3 +46,12 @@ def test_the_embedded_model_is_small_enough_to_be_embedded():
     layer = 3 * width * inner + 2 * width * heads * config["head_dim"]
     assert 2 * (config["vocab_size"] * width + config["num_hidden_layers"] * layer) < 4e6
     assert config["vocab_size"] == recipe.VOCABULARY
+
+
+def test_a_folder_of_something_else_is_refused_in_one_line(small, tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["recipe", "--out", str(tmp_path), "--steps", "1"])
+    with pytest.raises(SystemExit) as stop:
+        recipe.main()
+    assert stop.value.code == 2 and "choose a new or empty one" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

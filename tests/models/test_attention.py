@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qscope_jax.models.attention import Attention, attend, causal_mask
+from qscope_jax.models.attention import Attention, attend, attend_in_blocks, causal_mask
 
 
 def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -48,6 +48,18 @@ def test_hidden_keys_and_values_do_not_matter_however_large(operands):
     two = attend(jnp.asarray(q), jnp.asarray(large_k), jnp.asarray(large_v), jnp.asarray(mask))
     seeing = mask.any(axis=-1)
     assert np.array_equal(np.asarray(one)[seeing], np.asarray(two)[seeing])
+
+
+@pytest.mark.parametrize("length", [1, 64, 96, 128, 256, 300, 331])
+def test_blocks_of_queries_equal_attention_to_all_keys(length):
+    generator = np.random.default_rng(length)
+    q, k, v = (jnp.asarray(generator.standard_normal(shape), jnp.float32) for shape in ((2, length, 4, 8), (2, 2, length, 8), (2, 2, length, 8)))
+    ids = jnp.asarray(np.sort(generator.integers(0, 4, (2, length)), axis=1), jnp.int32)  # padding on the left, then three documents
+    mask = causal_mask(ids, ids, jnp.int32(0))
+    seeing = np.asarray(mask.any(axis=-1))
+    whole, blocks = attend(q, k, v, mask), attend_in_blocks(q, k, v, mask)
+    np.testing.assert_allclose(np.asarray(blocks)[seeing], np.asarray(whole)[seeing], atol=1e-6)
+    assert np.isfinite(blocks).all()
 
 
 def test_half_precision_takes_its_softmax_in_float32(operands):

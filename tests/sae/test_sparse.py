@@ -74,7 +74,9 @@ def test_rows_of_features_that_fire_rarely_or_often_are_summed_whole(tokens, fea
     values, y = rng.standard_normal((tokens, K)).astype(np.float32), rng.standard_normal((tokens, D)).astype(np.float32)
     expected = np.zeros((features, D))
     np.add.at(expected, indices, values[..., None].astype(np.float64) * y[:, None])
-    np.testing.assert_allclose(scatter_rows(jnp.asarray(values), jnp.asarray(indices), jnp.asarray(y), features, "scan"), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        scatter_rows(jnp.asarray(values), jnp.asarray(indices), jnp.asarray(y), features, "scan"), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_entries_are_sorted_alike_by_one_key_and_by_two():
@@ -102,14 +104,18 @@ def test_selected_pre_activations_and_their_backward_pass_equal_the_dense_ones(h
     monkeypatch.setattr(sparse, "strategy", lambda *sizes: how)
     a = arrays
     z = a["x"] @ a["W"].T + a["b"]
-    got = with_gradients(lambda x, W, b: chosen_pre_activations(jnp.take_along_axis(z, a["indices"], axis=1), a["indices"], x, W, b), a["x"], a["W"], a["b"])
+    got = with_gradients(
+        lambda x, W, b: chosen_pre_activations(jnp.take_along_axis(z, a["indices"], axis=1), a["indices"], x, W, b), a["x"], a["W"], a["b"]
+    )
     assert_close(got, with_gradients(lambda x, W, b: jnp.einsum("nf,nkf->nk", x @ W.T + b, one_hot(a)), a["x"], a["W"], a["b"]))
 
 
 def test_no_gradient_reaches_the_array_of_pre_activations(arrays):
     a = arrays
     z = a["x"] @ a["W"].T + a["b"]
-    gradient = jax.grad(lambda z: jnp.sum(chosen_pre_activations(jnp.take_along_axis(z, a["indices"], axis=1), a["indices"], a["x"], a["W"], a["b"])))(z)
+    gradient = jax.grad(
+        lambda z: jnp.sum(chosen_pre_activations(jnp.take_along_axis(z, a["indices"], axis=1), a["indices"], a["x"], a["W"], a["b"]))
+    )(z)
     assert not np.any(gradient)
 
 

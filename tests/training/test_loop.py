@@ -178,3 +178,9 @@ def test_a_log_without_a_file_remembers_the_last_numbers():
     log.write(1, {"loss": 2.0, "parts": [1.0]})
     log.write(2, {})
     assert log.last == {"loss": 2.0}
+
+
+def test_a_metric_that_is_not_a_number_is_null_in_the_log(tmp_path):
+    MetricsLog(tmp_path / "metrics.jsonl").write(1, {"loss": float("nan"), "parts": [1.0, float("inf")]})
+    line = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "parts": [1.0, None]}
