@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qscope_jax.sae import sparse
-from qscope_jax.sae.sparse import combine_rows, dot_rows, scatter_rows, scatter_scalars, chosen_pre_activations, sparse_decode
+from qscope_jax.sae.sparse import chosen_pre_activations, combine_rows, dot_rows, scatter_rows, scatter_scalars, sparse_decode
 
 N, F, D, K = 7, 40, 12, 5
 FORMS = ["dense", "gather", "scan"]
