@@ -8,7 +8,7 @@ from qscope_jax.cli.options import Integers, check_at_least
 from qscope_jax.cli.results import check_writable, write_result
 from qscope_jax.cli.sources import SAEOptions, cut_texts, open_model, open_saes, read_documents, sae_groups
 
-_COLUMNS = {"fvu": "FVU", "explained_variance": "expl. var.", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
+_COLUMNS = {"fvu": "FVU", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
 _SCORES = {"ce_loss_score": "CE score", "kl_div_score": "KL score"}
 
 

@@ -75,6 +75,7 @@ def _prepare() -> None:
     """Keep libraries from writing advice to stderr, and a terminal that lacks a character from ending the program."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     out: TextIO = sys.stdout
     reconfigure = getattr(out, "reconfigure", None)
     if reconfigure is not None:

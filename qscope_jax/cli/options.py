@@ -254,7 +254,9 @@ def _flag_problem(message: str, config: type) -> str:
     match = re.search(r'Parser key "(\w+)"', message) or re.match(r"argument (?:--)?([\w-]+): invalid", message)
     item = next((f for f in _fields(config) if match and f.name == match[1].replace("-", "_")), None)
     if item is None:
-        return re.sub(r"\s+", " ", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], [_flag(f) for f in _fields(config)], 1) if unknown else []
+        return re.sub(r"\s+", " ", message) + (f"; did you mean {near[0]}?" if near else "")
     # argparse quotes the value, jsonargparse does not.
     value = re.search(r"invalid \w+ value: (.*)", message) or re.search(r"(?:Got|Given) value: (.*)", message)
     shown = "unreadable" if value is None else value[1] if "invalid" in value[0] else repr(value[1])
@@ -274,9 +276,11 @@ def _expected(item: Field[Any]) -> str:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """Arguments with `--flag -5,5` as `--flag=-5,5`: argparse would take a value that begins with a dash for a flag."""
+    """Arguments with `--flag -5,5` as `--flag=-5,5`, which argparse would take for two flags, and with `--a_flag`, YAML's name, as `--a-flag`."""
     joined: list[str] = []
     for argument in arguments:
+        if "--" not in joined and (spelled := re.match(r"--\w+(?==|$)", argument)):
+            argument = spelled[0].replace("_", "-") + argument[spelled.end() :]
         if joined and re.match(r"-[\d.]", argument) and joined[-1].startswith("--") and "=" not in joined[-1] and joined[-1] != "--":
             joined[-1] += "=" + argument
         else:

@@ -56,8 +56,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
             _print(console, _pairs(names, [cells[i] for cells in texts]))
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for name, number in zip(names, numeric, strict=True):
-        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for name, cells, number in zip(names, texts, numeric, strict=True):
+        table.add_column(Text(name), justify="right" if number else "left", min_width=_needed(name, cells, number), overflow="fold")
     for cells in zip(*texts, strict=True):
         table.add_row(*map(Text, cells))
     _print(console, table)

@@ -70,6 +70,10 @@ def test_flags_of_every_kind_are_converted():
     assert config == expected
 
 
+def test_a_flag_may_be_spelled_as_its_key():
+    assert filled("--layer=3", "--no_keep", "a_text", "--", "--not_a_flag").texts == ("a_text", "--not_a_flag")
+
+
 def test_defaults_are_the_dataclass_s_own():
     assert filled("--layer", "3") == Example(layer=3)
 
@@ -131,7 +135,7 @@ def test_a_missing_yaml_file_is_refused():
         (["--layer", "1", "--doses", ""], "--doses is '', expected numbers such as 5 or 5,20"),
         (["--layer", "1", "--layers", "5-2"], "--layers is '5-2', expected whole numbers"),
         (["--layer", "1", "--by", "min"], "--by is 'min', expected max or mean"),
-        (["--layer", "1", "--layr", "2"], "unrecognized arguments: --layr"),
+        (["--layer", "1", "--layr", "2"], "unrecognized arguments: --layr; did you mean --layer?"),
         (["--layer", "1", "--lay", "2"], "unrecognized arguments: --lay"),
         ([], "--layer is missing; qscope example needs it"),
     ],

@@ -40,8 +40,8 @@ def run(tour: Tour) -> Chapter:
     )
 
     def draw(page: Page) -> None:
-        columns = ("language", "layer", "feature", "balanced accuracy, training", "held out", "held out, best layer in hindsight")
-        page.table(columns, rows)
+        columns = ("language", "layer", "feature", "training", "held out", "held out, best layer in hindsight")
+        page.table(columns, rows, caption="Balanced accuracy of one feature")
         labels = [f"layer {layer}" for layer in layers]
         page.figure(heat_map(list(LANGUAGES.values()), labels, accuracy, title="Held-out balanced accuracy of each layer's single best feature"))
 
