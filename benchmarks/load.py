@@ -73,13 +73,14 @@ def _make(folder: Path) -> Path:
     from qscope_jax.models.config import ModelConfig
     from qscope_jax.models.decoder import Decoder
     from qscope_jax.models.safetensors_file import write_file
-    from qscope_jax.models.weights import _hf_names
+    from qscope_jax.models.weights import placement
 
     config = ModelConfig.from_hf(QWEN3_1_7B).unrolled()
     abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
     rng = np.random.default_rng(0)
-    plan = [(name, leaf.shape[1:] if ".layers." in name else leaf.shape) for path, leaf in leaves for name in _hf_names(path, leaf.shape, config)]
+    places = [placement(path, leaf.shape, config) for path, leaf in leaves]
+    plan = [(name, place.shape) for place in places for name in place.names]
     folder.mkdir(parents=True)
     bf16 = np.dtype(ml_dtypes.bfloat16)
     half = len(plan) // 2

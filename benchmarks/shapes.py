@@ -38,13 +38,13 @@ def both_sides(name: str) -> tuple[LanguageModel, Any]:
 
 def _from_torch(config: ModelConfig, theirs: Any) -> Decoder:
     """Our decoder around copies of a transformers model's weights."""
-    from qscope_jax.models.weights import _hf_names  # the one table of names
+    from qscope_jax.models.weights import placement
 
     abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
     state = theirs.state_dict()
 
     def leaf(path: Any, shape: Any) -> jax.Array:
-        parts = [state[name].numpy() for name in _hf_names(path, shape.shape, config)]
-        return jax.device_put(np.stack(parts) if len(shape.shape) > parts[0].ndim else np.array(parts[0]))
+        parts = [state[name].numpy() for name in placement(path, shape.shape, config).names]
+        return jax.device_put(np.stack(parts).reshape(shape.shape))
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)

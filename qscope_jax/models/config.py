@@ -7,9 +7,26 @@ from typing import Any
 from qscope_jax.errors import ArchitectureError, ConfigError
 
 MIXERS = ("full_attention",)
-FEED_FORWARDS = ("dense",)
+FEED_FORWARDS = ("dense", "moe")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "reference", "cudnn")
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Rotary frequencies of Llama 3.1: long wavelengths are stretched, short ones kept, those between interpolated."""
+
+    factor: float
+    """By how much the longest wavelengths are stretched."""
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+    """Positions of the first training; wavelengths are measured by it."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        if not 0 < self.low_freq_factor < self.high_freq_factor or self.factor < 1 or self.original_max_positions < 1:
+            raise ConfigError(f"rotary scaling {self}: expected factor at least 1 and low_freq_factor below high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,16 @@ class ModelConfig:
     """Mixer of each layer, one of `MIXERS`; its length is the number of layers."""
     feed_forwards: tuple[str, ...]
     """Feed-forward of each layer, one of `FEED_FORWARDS`."""
+    num_experts: int = 0
+    """E; experts of each `moe` feed-forward."""
+    experts_per_token: int = 0
+    """Experts that each token goes through."""
+    d_expert: int = 0
+    """Hidden width of an expert."""
+    norm_expert_weights: bool = False
+    """Whether the chosen experts' probabilities are scaled to sum to 1."""
     rope_theta: float = 1e6
+    rope_scaling: Llama3Scaling | None = None
     norm_eps: float = 1e-6
     qk_norm: bool = True
     """RMS norm on every query and key head before rotary positions (Qwen3)."""
@@ -66,6 +92,8 @@ class ModelConfig:
                 raise ConfigError(f"model config: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")
+        if "moe" in self.feed_forwards and not (1 <= self.experts_per_token <= self.num_experts and self.d_expert >= 1):
+            raise ConfigError(f"model config: {self.experts_per_token} of {self.num_experts} experts, {self.d_expert} wide, are none or too many")
         if self.head_dim % 2:
             raise ConfigError(f"model config: head_dim is {self.head_dim}; rotary positions need an even width")
         if self.period == 0:
@@ -95,89 +123,15 @@ class ModelConfig:
             ArchitectureError: a family, or a variant of one, that is not implemented (named, never approximated).
             ConfigError: a required key is missing or of the wrong type.
         """
-        family = config.get("model_type")
-        if family not in _READERS:
-            raise ArchitectureError(f"config.json: model_type is {family!r}; implemented: {', '.join(sorted(_READERS))}")
-        try:
-            return _READERS[family](config)
-        except KeyError as error:
-            raise ConfigError(f"config.json ({family}): required key {error} is missing") from error
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(f"config.json ({family}): {error}; the file does not look like a {family} config") from error
+        from qscope_jax.models.hf_config import read_hf  # which builds on this module
+
+        return read_hf(config)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this decoder; keys read with it and not interpreted here are kept."""
-        return {**self.hf, **_WRITERS[self.family](self)}
+        from qscope_jax.models.hf_config import write_hf
 
-
-def _read_qwen3(config: Mapping[str, Any]) -> ModelConfig:
-    _refuse(config, "attention_bias", (False, None))
-    _refuse(config, "hidden_act", ("silu", None))
-    _refuse(config, "use_sliding_window", (False, None))
-    _refuse(config, "quantization_config", (None,))
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ArchitectureError(f"config.json (qwen3): rotary scaling {rope!r} is not implemented, only plain rotary positions are")
-    num_layers = int(config["num_hidden_layers"])
-    if (kinds := config.get("layer_types")) is not None and list(kinds) != ["full_attention"] * num_layers:
-        raise ArchitectureError(f"config.json (qwen3): layer_types={kinds!r}, expected {num_layers} times full_attention")
-    heads = int(config["num_attention_heads"])
-    eos = config.get("eos_token_id")
-    return ModelConfig(
-        family="qwen3",
-        vocab_size=int(config["vocab_size"]),
-        d_model=int(config["hidden_size"]),
-        d_ff=int(config["intermediate_size"]),
-        num_heads=heads,
-        # The defaults are those of transformers, where an absent key is not the same as a null one.
-        num_kv_heads=int(config.get("num_key_value_heads", 32) or heads),
-        head_dim=int(config.get("head_dim", 128) or int(config["hidden_size"]) // heads),
-        mixers=("full_attention",) * num_layers,
-        feed_forwards=("dense",) * num_layers,
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(config.get("max_position_embeddings", 32768)),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        eos_token_ids=() if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(i) for i in eos),
-        bos_token_id=config.get("bos_token_id"),
-        hf=dict(config),
-    )
-
-
-def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    eos = config.eos_token_ids
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_positions,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "dtype": config.dtype,
-        "torch_dtype": config.dtype,
-        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
-        "bos_token_id": config.bos_token_id,
-    }
-
-
-_READERS = {"qwen3": _read_qwen3}
-_WRITERS = {"qwen3": _write_qwen3}
-
-
-def _refuse(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
-    if config.get(key) not in allowed:
-        raise ArchitectureError(f"config.json ({config['model_type']}): {key}={config[key]!r} is not implemented, expected {allowed[0]!r}")
+        return {**self.hf, **write_hf(self)}
 
 
 def _smallest_period(pattern: tuple[Any, ...]) -> int:

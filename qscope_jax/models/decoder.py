@@ -14,12 +14,13 @@ from qscope_jax.models.attention import Attention, SequenceContext, causal_mask
 from qscope_jax.models.cache import Cache
 from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.edits import Edit, EditContext, apply_edits
+from qscope_jax.models.experts import MixtureOfExperts
 from qscope_jax.models.feedforward import GatedMLP
 from qscope_jax.models.linear import linear, rms_norm
 from qscope_jax.models.rotary import rotary_tables
 
 _MIXERS = {"full_attention": Attention}
-_FEED_FORWARDS = {"dense": GatedMLP}
+_FEED_FORWARDS = {"dense": GatedMLP, "moe": MixtureOfExperts}
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +145,7 @@ class Decoder(nnx.Module):
             lengths_BT = jnp.broadcast_to(prompt_B[:, None], segment_ids.shape)
             cache = Cache(cache.layers, keys_BS, slot + segment_ids.shape[1], lengths_B, prompt_B)
         positions = local_BT if positions is None else positions
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         context = SequenceContext(cos, sin, causal_mask(segment_ids, keys_BS, slot), slot)
         return context, EditContext(local_BT, lengths_BT, valid_BT, decoding) if edited else None, cache
 

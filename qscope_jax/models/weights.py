@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,62 @@ from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.safetensors_file import TensorEntry, read_header, write_file
 from qscope_jax.parallel.rules import parameter_sharding
 
-# Tree path -> Hugging Face name, `{}` standing for the layer. Weights are kept as they lie on disk ([out, in]), so the table needs
+# Tree path -> Hugging Face name, for each layer and expert. Weights are kept as they lie on disk ([out, in]), so the table needs
 # neither transposes nor splits and reads both ways.
-_QWEN3 = {
+_LLAMA = {
     "embedding": "model.embed_tokens.weight",
     "head": "lm_head.weight",
     "final_norm": "model.norm.weight",
-    "layers.input_norm": "model.layers.{}.input_layernorm.weight",
-    "layers.post_attention_norm": "model.layers.{}.post_attention_layernorm.weight",
-    **{f"layers.mixer.{name}": f"model.layers.{{}}.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
-    **{f"layers.feed_forward.{name}": f"model.layers.{{}}.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
+    "layers.input_norm": "model.layers.{layer}.input_layernorm.weight",
+    "layers.post_attention_norm": "model.layers.{layer}.post_attention_layernorm.weight",
+    **{f"layers.mixer.{name}": f"model.layers.{{layer}}.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{f"layers.feed_forward.{name}": f"model.layers.{{layer}}.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
 }
-NAME_TABLES: dict[str, dict[str, str]] = {"qwen3": _QWEN3}
+_QWEN3 = _LLAMA | {f"layers.mixer.{name}": f"model.layers.{{layer}}.self_attn.{name}.weight" for name in ("q_norm", "k_norm")}
+_QWEN3_MOE = _QWEN3 | {
+    "layers.feed_forward.router": "model.layers.{layer}.mlp.gate.weight",
+    **{
+        f"layers.feed_forward.experts_{name}": f"model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    },
+}
+NAME_TABLES: dict[str, dict[str, str]] = {"llama": _LLAMA, "qwen3": _QWEN3, "qwen3_moe": _QWEN3_MOE}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHARD_BYTES = 5_000_000_000
 _CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
             "chat_template.jinja", "generation_config.json")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one array of a decoder lies in a checkpoint: as one tensor, or as one for each index of its leading dimensions.
+
+    Attributes:
+        names: Names of the tensors, the last leading dimension fastest.
+        stacked: The leading dimensions: repeats of the layer, and experts.
+        shape: Shape of each tensor.
+    """
+
+    names: tuple[str, ...]
+    stacked: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def index(self, number: int) -> tuple[int, ...]:
+        """Where the tensor of that number lies in the array."""
+        return tuple(int(i) for i in np.unravel_index(number, self.stacked)) if self.stacked else ()
+
+
+def placement(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> Placement:
+    """Placement of the leaf with a key path and shape of a decoder of `config`."""
+    pattern = NAME_TABLES[config.family][".".join(_parameter(path))]
+    leading = ("{layer}" in pattern) + ("{expert}" in pattern)
+    if not leading:
+        return Placement((pattern,), (), shape)
+    place = next(index for key in path if isinstance(index := getattr(key, "key", getattr(key, "idx", None)), int))
+    layers = [repeat * config.period + place for repeat in range(shape[0])]
+    experts = range(shape[1] if leading == 2 else 1)
+    return Placement(tuple(pattern.format(layer=layer, expert=e) for layer in layers for e in experts), shape[:leading], shape[leading:])
 
 
 def read_config(source: Source) -> ModelConfig:
@@ -70,23 +109,23 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
         entries.pop("lm_head.weight", None)
     abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    plan = [_hf_names(path, leaf.shape, config) for path, leaf in leaves]
-    expected = {name for names in plan for name in names}
+    plan = [placement(path, leaf.shape, config) for path, leaf in leaves]
+    expected = {name for place in plan for name in place.names}
     if missing := sorted(expected - set(entries)):
         raise SourceError(f"{source.name}: {len(missing)} tensors are missing, first {missing[0]}; a file is absent or config.json of another model")
     if extra := sorted(set(entries) - expected):
         raise ArchitectureError(f"{source.name}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; none is ignored")
-    for (_, leaf), names in zip(leaves, plan, strict=True):
-        for name in names:
-            _check(source, entries[name], _tensor_shape(name, leaf))
+    for place in plan:
+        for name in place.names:
+            _check(source, entries[name], place.shape)
 
-    def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], list[str]]) -> jax.Array:
-        (path, leaf), names = item
+    def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], Placement]) -> jax.Array:
+        (path, leaf), place = item
         sharding = parameter_sharding(_parameter(path)[-1], leaf.shape, mesh)
-        parts = [entries[name] for name in names]
+        parts = [entries[name] for name in place.names]
         own = reduce(jnp.promote_types, [part.dtype for part in parts])
         dtype = own if keep_dtypes and own.name in DTYPES else np.dtype(leaf.dtype)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _read(parts, leaf.shape, dtype, index))
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _read(parts, place, dtype, index))
 
     with ThreadPoolExecutor(4) as pool:
         arrays = list(pool.map(make, zip(leaves, plan, strict=True)))
@@ -105,18 +144,21 @@ def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = No
         raise SourceError(f"{path}: is a folder that holds something else than a model; choose a new or empty one")
     config = decoder.config
     leaves, _ = jax.tree_util.tree_flatten_with_path(decoder)
-    tensors = [(name, leaf, repeat) for key, leaf in leaves for repeat, name in enumerate(_hf_names(key, leaf.shape, config))]
-    tensors.sort(key=lambda item: item[0])
+    tensors = []
+    for path_, leaf in leaves:
+        place = placement(path_, leaf.shape, config)
+        tensors += [_Tensor(name, place.shape, leaf, place.index(number)) for number, name in enumerate(place.names)]
+    tensors.sort(key=lambda tensor: tensor.name)
     with atomic_path(path, directory=True) as folder:
         shards = _shards(tensors)
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            plan = [(name, _tensor_shape(name, leaf), np.dtype(leaf.dtype)) for name, leaf, _ in shard]
-            write_file(folder / file, plan, (_host(name, leaf, repeat) for name, leaf, repeat in shard))
-            weight_map |= {name: file for name, _, _ in shard}
+            plan = [(tensor.name, tensor.shape, np.dtype(tensor.array.dtype)) for tensor in shard]
+            write_file(folder / file, plan, (np.asarray(tensor.array[tensor.index] if tensor.index else tensor.array) for tensor in shard))
+            weight_map |= {tensor.name: file for tensor in shard}
         if len(shards) > 1:
-            total = sum(int(np.prod(_tensor_shape(n, leaf))) * leaf.dtype.itemsize for n, leaf, _ in tensors)
+            total = sum(tensor.nbytes for tensor in tensors)
             write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(folder / "config.json", config.to_hf())
         for name in _CARRIED:
@@ -156,30 +198,21 @@ def _parameter(path: tuple[Any, ...]) -> list[str]:
     return [key.name for key in path if getattr(key, "name", "value") != "value"]
 
 
-def _hf_names(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> list[str]:
-    """Hugging Face names of a leaf: one, or one for each repeat of its layer."""
-    pattern = NAME_TABLES[config.family][".".join(_parameter(path))]
-    if "{}" not in pattern:
-        return [pattern]
-    place = next(index for key in path if isinstance(index := getattr(key, "key", getattr(key, "idx", None)), int))
-    return [pattern.format(repeat * config.period + place) for repeat in range(shape[0])]
-
-
-def _read(parts: list[TensorEntry], shape: tuple[int, ...], dtype: np.dtype, index: Sequence[slice] | None) -> np.ndarray:
-    """One device's slice of a leaf; `parts` has one tensor for each repeat when the leaf is stacked."""
+def _read(parts: list[TensorEntry], place: Placement, dtype: np.dtype, index: Sequence[slice] | None) -> np.ndarray:
+    """One device's slice of an array whose tensors are `parts`."""
     assert index is not None
-    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-    stacked = len(shape) > len(parts[0].shape)
-    rows = bounds[1:] if stacked else bounds
-    whole_columns = all((start, stop) == (0, size) for (start, stop), size in zip(rows[1:], parts[0].shape[1:], strict=True))
+    bounds = [part.indices(size)[:2] for part, size in zip(index, place.stacked + place.shape, strict=True)]
+    stacked, rows = bounds[: len(place.stacked)], bounds[len(place.stacked) :]
+    whole_columns = all((start, stop) == (0, size) for (start, stop), size in zip(rows[1:], place.shape[1:], strict=True))
     out = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
-    for target, part in zip(out if stacked else [out], parts[slice(*bounds[0])] if stacked else parts, strict=True):
+    for target in np.ndindex(*(stop - start for start, stop in stacked)):
+        number = int(np.ravel_multi_index([t + start for t, (start, _) in zip(target, stacked, strict=True)], place.stacked)) if stacked else 0
         if whole_columns:
-            part.read_rows(target, rows[0][0])
+            parts[number].read_rows(out[target], rows[0][0])
         else:
-            block = np.empty((rows[0][1] - rows[0][0], *part.shape[1:]), dtype)
-            part.read_rows(block, rows[0][0])
-            target[...] = block[(slice(None), *(slice(*bound) for bound in rows[1:]))]
+            block = np.empty((rows[0][1] - rows[0][0], *place.shape[1:]), dtype)
+            parts[number].read_rows(block, rows[0][0])
+            out[target][...] = block[(slice(None), *(slice(*bound) for bound in rows[1:]))]
     return out
 
 
@@ -191,22 +224,27 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _tensor_shape(name: str, leaf: Any) -> tuple[int, ...]:
-    return tuple(leaf.shape[1:] if ".layers." in name else leaf.shape)
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor to write: a part of an array."""
+
+    name: str
+    shape: tuple[int, ...]
+    array: Any
+    index: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.array.dtype.itemsize
 
 
-def _host(name: str, leaf: Any, repeat: int) -> np.ndarray:
-    return np.asarray(leaf[repeat] if ".layers." in name else leaf)
-
-
-def _shards(tensors: list[tuple[str, Any, int]]) -> list[list[tuple[str, Any, int]]]:
-    shards: list[list[tuple[str, Any, int]]] = [[]]
+def _shards(tensors: list[_Tensor]) -> list[list[_Tensor]]:
+    shards: list[list[_Tensor]] = [[]]
     size = 0
-    for item in tensors:
-        nbytes = int(np.prod(_tensor_shape(item[0], item[1]), dtype=np.int64)) * item[1].dtype.itemsize
-        if shards[-1] and size + nbytes > _SHARD_BYTES:
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append(item)
-        size += nbytes
+        shards[-1].append(tensor)
+        size += tensor.nbytes
     return shards

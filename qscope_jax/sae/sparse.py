@@ -75,7 +75,7 @@ def _sum_by_feature(values_NK: Array, indices_NK: Array, y_ND: Array, num_featur
 
     The first few entries of all features form one gather, which fuses into a single parallel pass; only what features that fire more
     often have left goes through a loop, as many entries a turn. (Adding entry after entry reads and writes a row of `out` for each of
-    them, on one core: six times slower without counting the memory that both make.)
+    them, on one core, and takes several times as long.)
     """
     entries, K = indices_NK.size, indices_NK.shape[1]
     lanes = min(max(2 ** math.ceil(math.log2(max(1.5 * entries / num_features, 1))), 1), 16)

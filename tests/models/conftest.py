@@ -1,4 +1,4 @@
-"""Random decoders, and transformers' Qwen3 as the reference of this package."""
+"""Random decoders, and transformers' models as the references of this package."""
 
 import re
 import zlib
@@ -20,7 +20,20 @@ _SHAPES = {
     "tied": dict(tie_word_embeddings=True, num_attention_heads=4, num_key_value_heads=2, head_dim=12, rope_theta=1e4),
     "untied": dict(tie_word_embeddings=False, num_attention_heads=4, num_key_value_heads=4, head_dim=8, rope_theta=1e6),
     "one key/value head": dict(tie_word_embeddings=False, num_attention_heads=3, num_key_value_heads=1, head_dim=16, rope_theta=5e5),
-}
+    "experts": dict(
+        family="Qwen3Moe", num_attention_heads=4, num_key_value_heads=2, head_dim=12, rope_theta=1e4, num_experts=6, num_experts_per_tok=2,
+        moe_intermediate_size=20, norm_topk_prob=False,
+    ),
+    "experts in some layers": dict(
+        family="Qwen3Moe", num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_theta=1e6, num_experts=5, num_experts_per_tok=3,
+        moe_intermediate_size=16, norm_topk_prob=True, mlp_only_layers=[1], tie_word_embeddings=True,
+    ),
+    "llama": dict(family="Llama", num_attention_heads=4, num_key_value_heads=2, rope_theta=1e4),
+    "llama, scaled": dict(
+        family="Llama", num_attention_heads=4, num_key_value_heads=1, head_dim=12, rope_theta=5e5, tie_word_embeddings=True,
+        rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128),
+    ),
+}  # fmt: skip
 LENGTH = 600
 
 
@@ -122,12 +135,14 @@ def make_reference(tmp_path_factory) -> Callable[[str], Reference]:
 
 def _make_reference(shape: str, folder: Path) -> Reference:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     settings: dict[str, Any] = dict(_SHAPES[shape])
-    rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
-    config = Qwen3Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, rope_parameters=rope, **settings)
-    model = Qwen3ForCausalLM(config).eval()
+    family = settings.pop("family", "Qwen3")
+    rope = {"rope_theta": settings.pop("rope_theta"), **settings.pop("rope", {"rope_type": "default"})}
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    config = getattr(transformers, f"{family}Config")(**sizes, rope_parameters=rope, **settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         normal = torch.randn(parameter.shape, generator=generator)

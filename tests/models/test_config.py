@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from qscope_jax.errors import ArchitectureError, ConfigError
-from qscope_jax.models.config import ModelConfig
+from qscope_jax.models.config import Llama3Scaling, ModelConfig
 
 HF = {
     "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -44,6 +45,58 @@ def test_writing_a_config_and_reading_it_gives_the_same(tiny_config):
     assert ModelConfig.from_hf(HF).to_hf()["use_cache"] is True
 
 
+MOE = HF | {
+    "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+}  # fmt: skip
+LLAMA = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("change", "dense"),
+    [
+        ({}, []),
+        ({"mlp_only_layers": [0, 3]}, [0, 3]),
+        ({"decoder_sparse_step": 2}, range(0, 28, 2)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, [layer for layer in range(28) if layer % 3 != 2 or layer == 2]),
+        ({"num_experts": 0}, range(28)),
+    ],
+)
+def test_experts_are_in_the_layers_that_both_keys_leave_them(change, dense):
+    config = ModelConfig.from_hf(MOE | change)
+    assert [layer for layer, kind in enumerate(config.feed_forwards) if kind == "dense"] == list(dense)
+    written = json.loads(json.dumps(config.to_hf()))
+    assert ModelConfig.from_hf(written) == config and change.items() <= written.items()
+    # Written anew, without the keys that were read, it is the same decoder.
+    assert ModelConfig.from_hf(replace(config, hf={}).to_hf()) == config
+
+
+def test_a_family_of_its_own_keeps_its_settings():
+    config = ModelConfig.from_hf(MOE)
+    assert (config.num_experts, config.experts_per_token, config.d_expert, config.norm_expert_weights) == (8, 2, 24, True)
+    llama = ModelConfig.from_hf(LLAMA | {"rope_scaling": LLAMA3, "rope_theta": 5e5})
+    assert (llama.qk_norm, llama.head_dim, llama.num_kv_heads, llama.rope_theta) == (False, 8, 4, 5e5)
+    assert llama.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    for one in (llama, ModelConfig.from_hf(LLAMA)):
+        assert ModelConfig.from_hf(json.loads(json.dumps(one.to_hf()))) == one
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "error", "message"),
+    [
+        (MOE, {"num_experts_per_tok": 9}, ConfigError, "9 of 8 experts"),
+        (MOE, {"use_sliding_window": True}, ArchitectureError, r"\(qwen3_moe\): use_sliding_window=True"),
+        (LLAMA, {"mlp_bias": True}, ArchitectureError, "mlp_bias=True"),
+        (LLAMA, {"rope_scaling": {"rope_type": "yarn"}}, ArchitectureError, "yarn"),
+        (LLAMA, {"rope_scaling": LLAMA3 | {"factor": 0.5}}, ConfigError, "expected factor at least 1"),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, ConfigError, "'factor' is missing"),
+    ],
+)
+def test_variants_of_other_families_are_named(base, change, error, message):
+    with pytest.raises(error, match=message):
+        ModelConfig.from_hf(base | change)
+
+
 def test_a_config_is_hashable_whatever_was_read_with_it():
     assert hash(ModelConfig.from_hf(HF)) == hash(ModelConfig.from_hf(HF | {"unknown": {"a": [1]}}))
 
@@ -51,7 +104,7 @@ def test_a_config_is_hashable_whatever_was_read_with_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'; implemented: qwen3"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; implemented: llama, qwen3, qwen3_moe"),
         ({"attention_bias": True}, "attention_bias=True is not implemented, expected False"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),

@@ -1,7 +1,9 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from qscope_jax.models.rotary import apply_rotary, rotary_tables
+from qscope_jax.models.config import Llama3Scaling
+from qscope_jax.models.rotary import apply_rotary, rotary_tables, scale_frequencies
 
 
 def rotate(x, positions, theta: float = 1e4) -> np.ndarray:
@@ -46,3 +48,18 @@ def test_frequencies_equal_those_of_transformers():
     theirs = 1.0 / (1e6 ** (torch.arange(0, 128, 2, dtype=torch.float) / 128))
     cos, _ = rotary_tables(jnp.asarray([[1]], jnp.int32), 128, 1e6)
     np.testing.assert_allclose(np.arccos(np.float64(cos[0, 0, 0, :20])), theirs[:20], rtol=1e-4)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_scaled_frequencies_are_those_of_transformers(theta):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = dict(rope_type="llama3", rope_theta=theta, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    plain = theta ** (-np.arange(64) / 64)
+    ours = scale_frequencies(plain, Llama3Scaling(8.0, 1.0, 4.0, 8192))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    # All three bands are there: kept, interpolated, stretched.
+    assert (ours == plain).any() and np.isclose(ours, plain / 8).any() and (~np.isclose(ours, plain) & ~np.isclose(ours, plain / 8)).any()
