@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.models.cache import KeyValues
 from qscope_jax.models.config import ModelConfig
-from qscope_jax.models.linear import linear, precision_for, rms_norm
+from qscope_jax.models.linear import linear, precision_for, rms_norm, soft_cap
 from qscope_jax.models.rotary import apply_rotary
 
 # Finite, so that a row of padding gives a uniform average instead of NaN.
@@ -25,14 +25,22 @@ class SequenceContext:
     cos: Float[Array, "B T 1 C"]
     sin: Float[Array, "B T 1 C"]
     mask_BTS: Bool[Array, "B T S"]
+    window_mask_BTS: Bool[Array, "B T S"] | None
     slot: Int[Array, ""]
 
 
 class Attention(nnx.Module):
     """Causal softmax attention with G key/value heads shared by H query heads, rotary positions and optional q/k norms."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
-        """Random weights: normal with standard deviation 0.02, output projection scaled down with depth."""
+    def __init__(self, config: ModelConfig, key: jax.Array, *, sliding: bool = False):
+        """Random weights: normal with standard deviation 0.02, output projection scaled down with depth.
+
+        Args:
+            config: The decoder's.
+            key: Of the weights.
+            sliding: See only the last `config.sliding_window` tokens.
+        """
+        self.sliding = sliding
         q, k, v, o = jax.random.split(key, 4)
         width, heads, groups = config.d_model, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         dtype = jnp.dtype(config.dtype)
@@ -69,10 +77,13 @@ class Attention(nnx.Module):
         k = linear(x_BTD, self.k_proj[...]).reshape(batch, length, config.num_kv_heads, config.head_dim)
         v = linear(x_BTD, self.v_proj[...]).reshape(batch, length, config.num_kv_heads, config.head_dim)
         if config.qk_norm:
-            q, k = rms_norm(q, self.q_norm[...], config.norm_eps), rms_norm(k, self.k_norm[...], config.norm_eps)
+            q, k = (rms_norm(x, w[...], config.norm_eps, config.unit_offset_norms) for x, w in ((q, self.q_norm), (k, self.k_norm)))
         q, k = apply_rotary(q, context.cos, context.sin), apply_rotary(k, context.cos, context.sin)
+        mask_BTS = context.window_mask_BTS if self.sliding else context.mask_BTS
+        assert mask_BTS is not None
+        scale = config.attention_scale or config.head_dim**-0.5
         if cache is None and _implementation(config) == "cudnn":
-            out_BTHC = jax.nn.dot_product_attention(q, k, v, mask=context.mask_BTS[:, None], implementation="cudnn")
+            out_BTHC = jax.nn.dot_product_attention(q, k, v, mask=mask_BTS[:, None], scale=scale, implementation="cudnn")
             return linear(out_BTHC.reshape(batch, length, -1), self.o_proj[...]), None
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
@@ -81,32 +92,43 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.k_RBGSC, k[None], start), jax.lax.dynamic_update_slice(cache.v_RBGSC, v[None], start)
             )
             k, v = (x[0] if x.shape[0] == 1 else x[repeat] for x in (cache.k_RBGSC, cache.v_RBGSC))
-        out_BTHC = attend(q, k, v, context.mask_BTS) if cache is not None else attend_in_blocks(q, k, v, context.mask_BTS)
+        form = attend if cache is not None else attend_in_blocks
+        out_BTHC = form(q, k, v, mask_BTS, scale, config.attention_softcap)
         return linear(out_BTHC.reshape(batch, length, -1), self.o_proj[...]), cache
 
 
 def attend(
-    q_BTHC: Float[Array, "B T H C"], k_BGSC: Float[Array, "B G S C"], v_BGSC: Float[Array, "B G S C"], mask_BTS: Bool[Array, "B T S"]
+    q_BTHC: Float[Array, "B T H C"],
+    k_BGSC: Float[Array, "B G S C"],
+    v_BGSC: Float[Array, "B G S C"],
+    mask_BTS: Bool[Array, "B T S"],
+    scale: float,
+    softcap: float = 0.0,
 ) -> Float[Array, "B T H C"]:
-    """Reference attention: scaled scores, softmax in float32, weighted values. `mask` is true where a query may look.
+    """Reference attention: scaled (and capped) scores, softmax in float32, weighted values. `mask` is true where a query may look.
 
     A query that may look nowhere (padding) gets the mean of the values, a finite number that nobody reads.
     """
     batch, length, heads, width = q_BTHC.shape
     groups = k_BGSC.shape[1]
-    q = (q_BTHC * (width**-0.5)).reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    q = (q_BTHC * scale).reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, groups, -1, width)
     precision = precision_for(q.dtype)
     scores = jnp.einsum("bgqc,bgsc->bgqs", q, k_BGSC, precision=precision, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, groups, heads // groups, length, -1)
-    scores = jnp.where(mask_BTS[:, None, None], scores, _MASKED)
+    scores = jnp.where(mask_BTS[:, None, None], soft_cap(scores, softcap), _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BGSC.dtype).reshape(batch, groups, -1, scores.shape[-1])
     out = jnp.einsum("bgqs,bgsc->bgqc", weights, v_BGSC, precision=precision)
     return out.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
 
 
 def attend_in_blocks(
-    q_BTHC: Float[Array, "B T H C"], k_BGSC: Float[Array, "B G T C"], v_BGSC: Float[Array, "B G T C"], mask_BTT: Bool[Array, "B T T"]
+    q_BTHC: Float[Array, "B T H C"],
+    k_BGSC: Float[Array, "B G T C"],
+    v_BGSC: Float[Array, "B G T C"],
+    mask_BTT: Bool[Array, "B T T"],
+    scale: float,
+    softcap: float = 0.0,
 ) -> Float[Array, "B T H C"]:
     """`attend` among the tokens of one call, which see no later ones: each block of queries meets only the keys up to its end.
 
@@ -115,27 +137,34 @@ def attend_in_blocks(
     length = q_BTHC.shape[1]
     block = max(length // 4, 64)
     if length % block or length == block:
-        return attend(q_BTHC, k_BGSC, v_BGSC, mask_BTT)
-    ends = range(block, length + 1, block)
-    parts = [attend(q_BTHC[:, e - block : e], k_BGSC[:, :, :e], v_BGSC[:, :, :e], mask_BTT[:, e - block : e, :e]) for e in ends]
-    return jnp.concatenate(parts, axis=1)
+        return attend(q_BTHC, k_BGSC, v_BGSC, mask_BTT, scale, softcap)
+
+    def part(start: int, end: int) -> Array:
+        return attend(q_BTHC[:, start:end], k_BGSC[:, :, :end], v_BGSC[:, :, :end], mask_BTT[:, start:end, :end], scale, softcap)
+
+    return jnp.concatenate([part(start, start + block) for start in range(0, length, block)], axis=1)
 
 
-def causal_mask(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"], slot: Int[Array, ""]) -> Bool[Array, "B T S"]:
-    """True where the query at index t may see the key in slot s: same segment, not padding, and not later.
+def causal_mask(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"], slot: Int[Array, ""], window: int | None = None) -> Bool[Array, "B T S"]:
+    """True where the query at index t may see the key in slot s: same segment, not padding, not later, and within the window.
 
     Args:
         queries_BT: Segment ids of the tokens of this call; 0 is padding.
         keys_BS: Segment ids of all slots.
         slot: Slot of the first query.
+        window: Tokens that a query sees, itself included; None is all.
     """
     same = (queries_BT[:, :, None] == keys_BS[:, None, :]) & (keys_BS[:, None, :] > 0)
     query_slots = slot + jnp.arange(queries_BT.shape[1], dtype=jnp.int32)
-    return same & (jnp.arange(keys_BS.shape[1], dtype=jnp.int32)[None, :] <= query_slots[:, None])[None]
+    back_TS = query_slots[:, None] - jnp.arange(keys_BS.shape[1], dtype=jnp.int32)[None, :]
+    seen_TS = back_TS >= 0 if window is None else (back_TS >= 0) & (back_TS < window)
+    return same & seen_TS[None]
 
 
 def _implementation(config: ModelConfig) -> str:
     """The one place that picks an attention kernel: cuDNN's for half precision on NVIDIA GPUs, the reference elsewhere."""
+    if config.attention_softcap:
+        return "reference"  # cuDNN's has no soft-cap
     if config.attention != "auto":
         return config.attention
     half = jnp.dtype(config.dtype).itemsize == 2

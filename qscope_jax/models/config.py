@@ -6,9 +6,10 @@ from typing import Any
 
 from qscope_jax.errors import ArchitectureError, ConfigError
 
-MIXERS = ("full_attention",)
+MIXERS = ("full_attention", "sliding_attention")
 FEED_FORWARDS = ("dense", "moe")
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("silu", "gelu_tanh")
 ATTENTIONS = ("auto", "reference", "cudnn")
 
 
@@ -62,6 +63,22 @@ class ModelConfig:
     norm_eps: float = 1e-6
     qk_norm: bool = True
     """RMS norm on every query and key head before rotary positions (Qwen3)."""
+    unit_offset_norms: bool = False
+    """Norms multiply by 1 + w, in float32, instead of by w (Gemma)."""
+    output_norms: bool = False
+    """Further norms on what mixer and feed-forward add to the residual stream (Gemma-2)."""
+    activation: str = "silu"
+    """Of the gated feed-forward: `silu`, or `gelu_tanh` (GELU by its tanh approximation)."""
+    scale_embeddings: bool = False
+    """Multiply embeddings by sqrt(D) (Gemma)."""
+    sliding_window: int = 0
+    """Tokens that a query of `sliding_attention` sees, itself included."""
+    attention_scale: float = 0.0
+    """What scores are multiplied by; 0 is 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """Scores become cap * tanh(score / cap); 0 leaves them."""
+    logit_softcap: float = 0.0
+    """The same for the scores over the vocabulary."""
     tie_embeddings: bool = False
     max_positions: int = 32768
     dtype: str = "bfloat16"
@@ -87,13 +104,15 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model config: {name} is {getattr(self, name)}, expected a positive integer")
-        for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):
+        for name, known in (("dtype", DTYPES), ("activation", ACTIVATIONS), ("attention", ATTENTIONS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"model config: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")
         if "moe" in self.feed_forwards and not (1 <= self.experts_per_token <= self.num_experts and self.d_expert >= 1):
             raise ConfigError(f"model config: {self.experts_per_token} of {self.num_experts} experts, {self.d_expert} wide, are none or too many")
+        if "sliding_attention" in self.mixers and self.sliding_window < 1:
+            raise ConfigError(f"model config: sliding_window is {self.sliding_window}, expected a positive integer")
         if self.head_dim % 2:
             raise ConfigError(f"model config: head_dim is {self.head_dim}; rotary positions need an even width")
         if self.period == 0:

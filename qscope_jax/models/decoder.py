@@ -1,7 +1,9 @@
 """The one decoder: tokens in, logits and chosen residual streams out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -16,10 +18,10 @@ from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.edits import Edit, EditContext, apply_edits
 from qscope_jax.models.experts import MixtureOfExperts
 from qscope_jax.models.feedforward import GatedMLP
-from qscope_jax.models.linear import linear, rms_norm
+from qscope_jax.models.linear import linear, rms_norm, soft_cap
 from qscope_jax.models.rotary import rotary_tables
 
-_MIXERS = {"full_attention": Attention}
+_MIXERS = {"full_attention": Attention, "sliding_attention": partial(Attention, sliding=True)}
 _FEED_FORWARDS = {"dense": GatedMLP, "moe": MixtureOfExperts}
 
 
@@ -40,22 +42,34 @@ class DecoderOutput:
 
 
 class Layer(nnx.Module):
-    """One decoder block: norm, mixer, residual add, norm, feed-forward, residual add."""
+    """One decoder block: norm, mixer [, norm], residual add, norm, feed-forward [, norm], residual add."""
 
     def __init__(self, config: ModelConfig, kind: int, key: jax.Array):
         """Random weights for the layer at place `kind` of the period."""
         mixer_key, feed_forward_key = jax.random.split(key)
-        self.norm_eps = config.norm_eps
-        self.input_norm = nnx.Param(jnp.ones((config.d_model,), config.dtype))
+        self.norm_eps, self.unit_offset_norms = config.norm_eps, config.unit_offset_norms
+        self.input_norm = _first_gain(config)
         self.mixer = _MIXERS[config.mixers[kind]](config, mixer_key)
-        self.post_attention_norm = nnx.Param(jnp.ones((config.d_model,), config.dtype))
+        self.post_attention_norm = _first_gain(config)
         self.feed_forward = _FEED_FORWARDS[config.feed_forwards[kind]](config, feed_forward_key)
+        if config.output_norms:
+            self.mixer_output_norm, self.feed_forward_output_norm = _first_gain(config), _first_gain(config)
 
     def __call__(self, x_BTD: Array, context: SequenceContext, cache: Any, repeat: Int[Array, ""] | int) -> tuple[Array, Any]:
         """The residual stream after this block, and the mixer's updated cache."""
-        mixed, cache = self.mixer(rms_norm(x_BTD, self.input_norm[...], self.norm_eps), context, cache, repeat)
-        x_BTD = x_BTD + mixed
-        return x_BTD + self.feed_forward(rms_norm(x_BTD, self.post_attention_norm[...], self.norm_eps)), cache
+        mixed, cache = self.mixer(self._norm("input_norm", x_BTD), context, cache, repeat)
+        x_BTD = x_BTD + self._norm("mixer_output_norm", mixed)
+        fed = self.feed_forward(self._norm("post_attention_norm", x_BTD))
+        return x_BTD + self._norm("feed_forward_output_norm", fed), cache
+
+    def _norm(self, name: str, x_BTD: Array) -> Array:
+        """The norm of that name, which leaves x as it is where the family has none."""
+        gain = getattr(self, name, None)
+        return x_BTD if gain is None else rms_norm(x_BTD, gain[...], self.norm_eps, self.unit_offset_norms)
+
+
+def _first_gain(config: ModelConfig) -> nnx.Param:
+    return nnx.Param((jnp.zeros if config.unit_offset_norms else jnp.ones)((config.d_model,), config.dtype))
 
 
 class Decoder(nnx.Module):
@@ -72,7 +86,7 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param((jax.random.normal(embed_key, shape, jnp.float32) * 0.02).astype(config.dtype))
         if not config.tie_embeddings:
             self.head = nnx.Param((jax.random.normal(head_key, shape, jnp.float32) * 0.02).astype(config.dtype))
-        self.final_norm = nnx.Param(jnp.ones((config.d_model,), config.dtype))
+        self.final_norm = _first_gain(config)
         keys = jax.random.split(layer_key, (config.period, config.repeats))
         self.layers = nnx.List([jax.vmap(lambda k, kind=kind: Layer(config, kind, k))(keys[kind]) for kind in range(config.period)])
 
@@ -109,6 +123,8 @@ class Decoder(nnx.Module):
         segment_ids = jnp.ones_like(tokens_BT) if segment_ids is None else segment_ids
         context, edit_context, cache = self._prepare(segment_ids, positions, cache, bool(edits))
         x_BTD = self.embedding[...][tokens_BT].astype(self.config.dtype)
+        if self.config.scale_embeddings:
+            x_BTD *= jnp.asarray(math.sqrt(self.config.d_model), x_BTD.dtype)
         buffer = None if taps is None else jnp.zeros((taps.shape[0] + 1, *x_BTD.shape), x_BTD.dtype)
         rows_L = None if taps is None else _tap_rows(taps, self.config.num_layers)
         run = _Run(self.config, context, edit_context, tuple(edits), rows_L)
@@ -122,9 +138,9 @@ class Decoder(nnx.Module):
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and vocabulary scores of a residual stream, in float32."""
-        normed = rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps)
+        normed = rms_norm(x_BTD, self.final_norm[...], self.config.norm_eps, self.config.unit_offset_norms)
         table = self.embedding if self.config.tie_embeddings else self.head
-        return linear(normed, table[...]).astype(jnp.float32)
+        return soft_cap(linear(normed, table[...]).astype(jnp.float32), self.config.logit_softcap)
 
     def _prepare(
         self, segment_ids: Array, positions: Array | None, cache: Cache | None, edited: bool
@@ -146,7 +162,8 @@ class Decoder(nnx.Module):
             cache = Cache(cache.layers, keys_BS, slot + segment_ids.shape[1], lengths_B, prompt_B)
         positions = local_BT if positions is None else positions
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        context = SequenceContext(cos, sin, causal_mask(segment_ids, keys_BS, slot), slot)
+        window = causal_mask(segment_ids, keys_BS, slot, config.sliding_window) if "sliding_attention" in config.mixers else None
+        context = SequenceContext(cos, sin, causal_mask(segment_ids, keys_BS, slot), window, slot)
         return context, EditContext(local_BT, lengths_BT, valid_BT, decoding) if edited else None, cache
 
 

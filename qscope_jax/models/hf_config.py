@@ -33,12 +33,13 @@ def write_hf(config: ModelConfig) -> dict[str, Any]:
     return {"model_type": config.family, **_write_shared(config), **_WRITERS[config.family](config)}
 
 
-def _read_shared(config: Mapping[str, Any], *, head_dim: int | None) -> dict[str, Any]:
+def _read_shared(config: Mapping[str, Any], *, head_dim: int | None, tied: bool = False) -> dict[str, Any]:
     """Fields that all families spell alike. The defaults are those of transformers, where an absent key is not the same as a null one.
 
     Args:
         config: The Hugging Face config.
         head_dim: Width of a head where the key is absent; None is the model's width over its heads.
+        tied: Whether the head is the embedding where the key is absent.
     """
     _refuse(config, "attention_bias", (False, None))
     _refuse(config, "quantization_config", (None,))
@@ -53,7 +54,7 @@ def _read_shared(config: Mapping[str, Any], *, head_dim: int | None) -> dict[str
         head_dim=int(config.get("head_dim", head_dim) or width // heads),
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", tied)),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         eos_token_ids=() if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(i) for i in eos),
         bos_token_id=config.get("bos_token_id"),
@@ -75,7 +76,6 @@ def _write_shared(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_positions,
-        "hidden_act": "silu",
         "attention_bias": False,
         "dtype": config.dtype,
         "torch_dtype": config.dtype,
@@ -103,7 +103,7 @@ def _read_qwen3(config: Mapping[str, Any], kv_heads: int = 32) -> dict[str, Any]
 
 
 def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    return {"architectures": ["Qwen3ForCausalLM"]}
+    return {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
 
 
 def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +135,7 @@ def _write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
     said = config.hf and _qwen3_moe_layers(config.hf, config.num_layers) == config.feed_forwards
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_act": "silu",
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.experts_per_token,
         "moe_intermediate_size": config.d_expert,
@@ -166,7 +167,7 @@ def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:
-    keys: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "mlp_bias": False, "rope_scaling": None}
+    keys: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "mlp_bias": False, "rope_scaling": None}
     if (scaling := config.rope_scaling) is not None:
         rope = {
             "rope_type": "llama3",
@@ -179,6 +180,44 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
     return keys
 
 
+def _read_gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse(config, "hidden_activation", ("gelu_pytorch_tanh", None))
+    _refuse(config, "use_bidirectional_attention", (False, None))
+    num_layers, rope = int(config["num_hidden_layers"]), _rope(config)
+    if _rope_type(rope) != "default":
+        raise ArchitectureError(f"config.json (gemma2): rotary scaling {rope!r} is not implemented, only plain rotary positions are")
+    kinds = config.get("layer_types") or [("sliding_attention", "full_attention")[layer % 2] for layer in range(num_layers)]
+    shared = _read_shared(config, head_dim=256, tied=True)
+    return shared | dict(
+        num_kv_heads=int(config.get("num_key_value_heads", 4) or shared["num_heads"]),
+        mixers=tuple(kinds),
+        feed_forwards=("dense",) * num_layers,
+        qk_norm=False,
+        unit_offset_norms=True,
+        output_norms=True,
+        activation="gelu_tanh",
+        scale_embeddings=True,
+        sliding_window=int(config.get("sliding_window", 4096) or 0),
+        attention_scale=float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attention_softcap=float(config.get("attn_logit_softcapping", 50.0) or 0),
+        logit_softcap=float(config.get("final_logit_softcapping", 30.0) or 0),
+        max_positions=int(config.get("max_position_embeddings", 8192)),
+    )
+
+
+def _write_gemma2(config: ModelConfig) -> dict[str, Any]:
+    scalar = config.attention_scale**-2
+    return {
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": list(config.mixers),
+        "sliding_window": config.sliding_window,
+        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
+        "attn_logit_softcapping": config.attention_softcap or None,
+        "final_logit_softcapping": config.logit_softcap or None,
+    }
+
+
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
@@ -187,8 +226,18 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
     return rope.get("rope_type", rope.get("type", "default"))
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"qwen3": _read_qwen3, "qwen3_moe": _read_qwen3_moe, "llama": _read_llama}
-_WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {"qwen3": _write_qwen3, "qwen3_moe": _write_qwen3_moe, "llama": _write_llama}
+_READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "gemma2": _read_gemma2,
+    "llama": _read_llama,
+    "qwen3": _read_qwen3,
+    "qwen3_moe": _read_qwen3_moe,
+}
+_WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "gemma2": _write_gemma2,
+    "llama": _write_llama,
+    "qwen3": _write_qwen3,
+    "qwen3_moe": _write_qwen3_moe,
+}
 
 
 def _refuse(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:

@@ -22,8 +22,17 @@ def linear(x: Float[Array, "*B I"], w_OI: Float[Array, "O I"]) -> Float[Array, "
     return jax.lax.dot_general(x, w_OI.astype(x.dtype), contract, precision=precision_for(x.dtype))
 
 
-def rms_norm(x: Float[Array, "*B D"], w_D: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """Root-mean-square norm over the last axis, statistics in float32, cast to the input's dtype before the gain (as Qwen3 does)."""
+def rms_norm(x: Float[Array, "*B D"], w_D: Float[Array, " D"], eps: float, unit_offset: bool = False) -> Float[Array, "*B D"]:
+    """Root-mean-square norm over the last axis, statistics in float32.
+
+    The result is cast to the input's dtype before it is multiplied by w (Qwen3, Llama), or, with `unit_offset`, multiplied by 1 + w and
+    then cast (Gemma, Qwen3.5).
+    """
     x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype) * w_D.astype(x.dtype)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normed * (1 + w_D.astype(jnp.float32))).astype(x.dtype) if unit_offset else normed.astype(x.dtype) * w_D.astype(x.dtype)
+
+
+def soft_cap(x: Float[Array, "*B"], cap: float) -> Float[Array, "*B"]:
+    """`cap * tanh(x / cap)`, or x where `cap` is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x

@@ -40,7 +40,12 @@ _QWEN3_MOE = _QWEN3 | {
         for name in ("gate_proj", "up_proj", "down_proj")
     },
 }
-NAME_TABLES: dict[str, dict[str, str]] = {"llama": _LLAMA, "qwen3": _QWEN3, "qwen3_moe": _QWEN3_MOE}
+_GEMMA2 = _LLAMA | {
+    "layers.mixer_output_norm": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layers.post_attention_norm": "model.layers.{layer}.pre_feedforward_layernorm.weight",
+    "layers.feed_forward_output_norm": "model.layers.{layer}.post_feedforward_layernorm.weight",
+}
+NAME_TABLES: dict[str, dict[str, str]] = {"gemma2": _GEMMA2, "llama": _LLAMA, "qwen3": _QWEN3, "qwen3_moe": _QWEN3_MOE}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHARD_BYTES = 5_000_000_000

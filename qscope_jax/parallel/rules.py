@@ -32,6 +32,8 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "final_norm": ("embed",),
     "input_norm": ("embed",),
     "post_attention_norm": ("embed",),
+    "mixer_output_norm": ("embed",),
+    "feed_forward_output_norm": ("embed",),
     "q_proj": ("heads", "embed"),
     "k_proj": ("kv_heads", "embed"),
     "v_proj": ("kv_heads", "embed"),

@@ -33,6 +33,10 @@ _SHAPES = {
         family="Llama", num_attention_heads=4, num_key_value_heads=1, head_dim=12, rope_theta=5e5, tie_word_embeddings=True,
         rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128),
     ),
+    "gemma": dict(
+        family="Gemma2", num_attention_heads=4, num_key_value_heads=2, head_dim=12, rope_theta=1e4, sliding_window=9, query_pre_attn_scalar=20,
+        attn_logit_softcapping=3.0, final_logit_softcapping=5.0, layers=4,
+    ),
 }  # fmt: skip
 LENGTH = 600
 
@@ -140,7 +144,7 @@ def _make_reference(shape: str, folder: Path) -> Reference:
     settings: dict[str, Any] = dict(_SHAPES[shape])
     family = settings.pop("family", "Qwen3")
     rope = {"rope_theta": settings.pop("rope_theta"), **settings.pop("rope", {"rope_type": "default"})}
-    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=settings.pop("layers", 3))
     config = getattr(transformers, f"{family}Config")(**sizes, rope_parameters=rope, **settings)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(0)

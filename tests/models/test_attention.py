@@ -5,6 +5,8 @@ import pytest
 
 from qscope_jax.models.attention import Attention, attend, attend_in_blocks, causal_mask
 
+SCALE = 8**-0.5
+
 
 def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Loops over rows, heads and queries, in double precision. Queries that see nothing are left out."""
@@ -30,13 +32,13 @@ def operands():
 
 def test_reference_equals_plain_loops(operands):
     q, k, v, mask = operands
-    out = np.asarray(attend(*map(jnp.asarray, operands)))
+    out = np.asarray(attend(*map(jnp.asarray, operands), SCALE))
     seeing = mask.any(axis=-1)
     np.testing.assert_allclose(out[seeing], plain_attention(q, k, v, mask)[seeing], atol=1e-5)
 
 
 def test_a_query_that_sees_nothing_gets_a_finite_number(operands):
-    assert np.isfinite(attend(*map(jnp.asarray, operands))[0, 2]).all()
+    assert np.isfinite(attend(*map(jnp.asarray, operands), SCALE)[0, 2]).all()
 
 
 def test_hidden_keys_and_values_do_not_matter_however_large(operands):
@@ -44,8 +46,8 @@ def test_hidden_keys_and_values_do_not_matter_however_large(operands):
     mask[:, :, 4] = False
     large_k, large_v = k.copy(), v.copy()
     large_k[:, :, 4] = large_v[:, :, 4] = 1e6
-    one = attend(*map(jnp.asarray, operands))
-    two = attend(jnp.asarray(q), jnp.asarray(large_k), jnp.asarray(large_v), jnp.asarray(mask))
+    one = attend(*map(jnp.asarray, operands), SCALE)
+    two = attend(jnp.asarray(q), jnp.asarray(large_k), jnp.asarray(large_v), jnp.asarray(mask), SCALE)
     seeing = mask.any(axis=-1)
     assert np.array_equal(np.asarray(one)[seeing], np.asarray(two)[seeing])
 
@@ -57,7 +59,7 @@ def test_blocks_of_queries_equal_attention_to_all_keys(length):
     ids = jnp.asarray(np.sort(generator.integers(0, 4, (2, length)), axis=1), jnp.int32)  # padding on the left, then three documents
     mask = causal_mask(ids, ids, jnp.int32(0))
     seeing = np.asarray(mask.any(axis=-1))
-    whole, blocks = attend(q, k, v, mask), attend_in_blocks(q, k, v, mask)
+    whole, blocks = attend(q, k, v, mask, SCALE), attend_in_blocks(q, k, v, mask, SCALE)
     np.testing.assert_allclose(np.asarray(blocks)[seeing], np.asarray(whole)[seeing], atol=1e-6)
     assert np.isfinite(blocks).all()
 
@@ -65,7 +67,7 @@ def test_blocks_of_queries_equal_attention_to_all_keys(length):
 def test_half_precision_takes_its_softmax_in_float32(operands):
     *arrays, mask = operands
     q, k, v = (jnp.asarray(array, jnp.bfloat16) for array in arrays)
-    out = np.asarray(attend(q, k, v, jnp.asarray(mask)), np.float32)
+    out = np.asarray(attend(q, k, v, jnp.asarray(mask), SCALE), np.float32)
     expected = plain_attention(np.asarray(q, np.float32), np.asarray(k, np.float32), np.asarray(v, np.float32), mask)
     seeing = mask.any(axis=-1)
     assert out.dtype == np.float32 and np.abs(out[seeing] - expected[seeing]).max() < 0.02
@@ -75,6 +77,23 @@ def test_mask_allows_the_past_of_the_same_document():
     ids = np.asarray([[0, 1, 1, 2, 2, 0]])
     mask = np.asarray(causal_mask(jnp.asarray(ids), jnp.asarray(ids), jnp.int32(0)))[0]
     assert [np.flatnonzero(row).tolist() for row in mask] == [[], [1], [1, 2], [3], [3, 4], []]
+
+
+def test_a_window_ends_what_a_query_sees():
+    ids = jnp.asarray([[0, 1, 1, 1, 1, 2]])
+    mask = np.asarray(causal_mask(ids, ids, jnp.int32(0), 3))[0]
+    assert [np.flatnonzero(row).tolist() for row in mask] == [[], [1], [1, 2], [1, 2, 3], [2, 3, 4], [5]]
+
+
+def test_scores_are_capped_before_the_mask(operands):
+    q, k, v, mask = operands
+    seeing = mask.any(axis=-1)
+    out = np.asarray(attend(*map(jnp.asarray, operands), 0.3, 0.5))
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        if seeing[b, t]:
+            scores = 0.5 * np.tanh(0.3 * (k[b, h // 2].astype(np.float64) @ q[b, t, h]) / 0.5)
+            weights = np.where(mask[b, t], np.exp(scores), 0)
+            np.testing.assert_allclose(out[b, t, h], weights @ v[b, h // 2] / weights.sum(), atol=1e-5)
 
 
 def test_mask_of_a_continued_cache_counts_from_its_slot():

@@ -71,6 +71,22 @@ def test_experts_are_in_the_layers_that_both_keys_leave_them(change, dense):
     assert ModelConfig.from_hf(replace(config, hf={}).to_hf()) == config
 
 
+GEMMA = LLAMA | {"model_type": "gemma2", "num_hidden_layers": 6, "head_dim": 16}
+
+
+def test_gemma_takes_the_defaults_of_transformers():
+    from transformers import Gemma2Config
+
+    theirs, ours = Gemma2Config(), ModelConfig.from_hf({k: v for k, v in GEMMA.items() if k != "head_dim"})
+    assert (ours.head_dim, ours.num_kv_heads, ours.sliding_window) == (theirs.head_dim, theirs.num_key_value_heads, theirs.sliding_window)
+    assert (ours.attention_softcap, ours.logit_softcap) == (theirs.attn_logit_softcapping, theirs.final_logit_softcapping)
+    assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5 and ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.mixers == tuple(theirs.layer_types[:6]) and (ours.period, ours.max_positions) == (2, theirs.max_position_embeddings)
+    for config in (ours, ModelConfig.from_hf(GEMMA | {"query_pre_attn_scalar": 144, "attn_logit_softcapping": None, "tie_word_embeddings": False})):
+        written = json.loads(json.dumps(config.to_hf()))
+        assert ModelConfig.from_hf(written) == config and isinstance(written["query_pre_attn_scalar"], int)
+
+
 def test_a_family_of_its_own_keeps_its_settings():
     config = ModelConfig.from_hf(MOE)
     assert (config.num_experts, config.experts_per_token, config.d_expert, config.norm_expert_weights) == (8, 2, 24, True)
@@ -86,6 +102,10 @@ def test_a_family_of_its_own_keeps_its_settings():
     [
         (MOE, {"num_experts_per_tok": 9}, ConfigError, "9 of 8 experts"),
         (MOE, {"use_sliding_window": True}, ArchitectureError, r"\(qwen3_moe\): use_sliding_window=True"),
+        (GEMMA, {"hidden_activation": "gelu"}, ArchitectureError, "hidden_activation='gelu'"),
+        (GEMMA, {"use_bidirectional_attention": True}, ArchitectureError, "use_bidirectional_attention"),
+        (GEMMA, {"layer_types": ["chunked_attention"] * 6}, ArchitectureError, "chunked_attention.* are not implemented"),
+        (GEMMA, {"sliding_window": None}, ConfigError, "sliding_window is 0"),
         (LLAMA, {"mlp_bias": True}, ArchitectureError, "mlp_bias=True"),
         (LLAMA, {"rope_scaling": {"rope_type": "yarn"}}, ArchitectureError, "yarn"),
         (LLAMA, {"rope_scaling": LLAMA3 | {"factor": 0.5}}, ConfigError, "expected factor at least 1"),
@@ -104,7 +124,7 @@ def test_a_config_is_hashable_whatever_was_read_with_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'; implemented: llama, qwen3, qwen3_moe"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; implemented: gemma2, llama, qwen3, qwen3_moe"),
         ({"attention_bias": True}, "attention_bias=True is not implemented, expected False"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),

@@ -13,7 +13,7 @@ from qscope_jax.models.cache import init_cache
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import forward, load_model
 
-FAMILIES = ["experts", "experts in some layers", "llama, scaled"]
+FAMILIES = ["experts", "experts in some layers", "llama, scaled", "gemma"]
 LENGTH = 20
 
 

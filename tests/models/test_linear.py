@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qscope_jax.models.linear import linear, precision_for, rms_norm
+from qscope_jax.models.linear import linear, precision_for, rms_norm, soft_cap
 
 
 def normal(*shape: int, dtype=jnp.float32) -> jax.Array:
@@ -45,3 +45,17 @@ def test_norm_of_half_precision_values_whose_squares_overflow_is_right():
 
 def test_norm_of_zeros_is_zero():
     assert not np.any(rms_norm(jnp.zeros((2, 8)), jnp.ones(8), 1e-6))
+
+
+def test_a_unit_offset_multiplies_by_one_more_in_float32():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16)), jnp.bfloat16)
+    w = jnp.linspace(-0.3, 0.3, 16).astype(jnp.bfloat16)
+    x64 = np.asarray(x, np.float64)
+    expected = x64 / np.sqrt((x64**2).mean(axis=-1, keepdims=True) + 1e-6) * (1 + np.asarray(w, np.float64))
+    assert np.array_equal(rms_norm(x, w, 1e-6, True), expected.astype(np.float32).astype(jnp.bfloat16))
+
+
+def test_soft_caps_bound_and_0_is_no_cap():
+    x = jnp.asarray([-1e6, -1.0, 0.0, 2.0, 1e6], jnp.float32)
+    np.testing.assert_allclose(soft_cap(x, 3.0), 3 * np.tanh(np.asarray(x) / 3), rtol=1e-6)
+    assert soft_cap(x, 0.0) is x
