@@ -7,5 +7,6 @@ The dimension key of the whole package, used as suffixes of array names (`x_BTD`
     N  flat tokens, N = B * T       C  head width               E  experts
     D  model width                  I  feed-forward width       R  repeats of the layer period
     F  SAE features                 L  layers                   P  layers in one period
-    K  active features a token      V  vocabulary               W  features of one edit
+    K  active features a token,     V  vocabulary               W  features of one edit
+       experts a token              A  assignments of tokens to experts, A = N * K
 """

@@ -79,8 +79,8 @@ def _sum_by_feature(values_NK: Array, indices_NK: Array, y_ND: Array, num_featur
     """
     entries, K = indices_NK.size, indices_NK.shape[1]
     lanes = min(max(2 ** math.ceil(math.log2(max(1.5 * entries / num_features, 1))), 1), 16)
-    order_E = _sort_entries(indices_NK.reshape(-1), num_features)
-    values_E, tokens_E = values_NK.reshape(-1)[order_E], order_E // K
+    order = _sort_entries(indices_NK.reshape(-1), num_features)
+    sorted_values, sorted_tokens = values_NK.reshape(-1)[order], order // K
     counts_F = jnp.zeros((num_features,), jnp.int32).at[indices_NK.reshape(-1)].add(1)
     ends_F = jnp.cumsum(counts_F, dtype=jnp.int32)
     starts_F = ends_F - counts_F
@@ -89,10 +89,10 @@ def _sum_by_feature(values_NK: Array, indices_NK: Array, y_ND: Array, num_featur
         """Values and tokens of `lanes` entries from `start`, those at or past `end` being 0."""
         entry = start[..., None] + jnp.arange(lanes, dtype=jnp.int32)
         inside = jnp.minimum(entry, entries - 1)
-        return jnp.where(entry < end[..., None], values_E[inside], 0), tokens_E[inside]
+        return jnp.where(entry < end[..., None], sorted_values[inside], 0), sorted_tokens[inside]
 
-    values_FR, tokens_FR = take(starts_F, ends_F)
-    out_FD = sum(values_FR[:, lane, None] * y_ND[tokens_FR[:, lane]] for lane in range(lanes))
+    first_values, first_tokens = take(starts_F, ends_F)
+    out_FD = sum(first_values[:, lane, None] * y_ND[first_tokens[:, lane]] for lane in range(lanes))
 
     turns_F = jnp.maximum((counts_F + lanes - 1) // lanes - 1, 0)
     turns_done_F = jnp.cumsum(turns_F, dtype=jnp.int32)
@@ -102,9 +102,9 @@ def _sum_by_feature(values_NK: Array, indices_NK: Array, y_ND: Array, num_featur
     def add(turn: Array, out_FD: Array) -> Array:
         feature = feature_of_turn[turn]
         earlier = turn - (turns_done_F[feature] - turns_F[feature])
-        values_R, tokens_R = take(starts_F[feature] + lanes * (1 + earlier), ends_F[feature])
+        lane_values, lane_tokens = take(starts_F[feature] + lanes * (1 + earlier), ends_F[feature])
         row_D = jax.lax.dynamic_index_in_dim(out_FD, feature, keepdims=False)
-        row_D += sum(values_R[lane] * y_ND[tokens_R[lane]] for lane in range(lanes))
+        row_D += sum(lane_values[lane] * y_ND[lane_tokens[lane]] for lane in range(lanes))
         return jax.lax.dynamic_update_index_in_dim(out_FD, row_D, feature, 0)
 
     return jax.lax.fori_loop(0, turns_done_F[-1], add, out_FD)
@@ -122,12 +122,12 @@ def _sum_backward(num_features: int, saved: tuple[Array, Array, Array], g_FD: Ar
 _sum_by_feature.defvjp(_sum_forward, _sum_backward)
 
 
-def _sort_entries(features_E: Array, num_features: int) -> Array:
+def _sort_entries(features: Array, num_features: int) -> Array:
     """Positions of entries in order of their feature, those of one feature as they come."""
-    entries = features_E.shape[0]
+    entries = features.shape[0]
     if num_features * entries < 2**31:  # one key of both sorts four times faster than two arrays
-        return jnp.sort(features_E.astype(jnp.int32) * entries + jnp.arange(entries, dtype=jnp.int32)) % entries
-    return jnp.argsort(features_E, stable=True).astype(jnp.int32)
+        return jnp.sort(features.astype(jnp.int32) * entries + jnp.arange(entries, dtype=jnp.int32)) % entries
+    return jnp.argsort(features, stable=True).astype(jnp.int32)
 
 
 def scatter_scalars(values_NK: Float[Array, "N K"], indices_NK: Int[Array, "N K"], num_features: int) -> Float[Array, " F"]:
