@@ -1,7 +1,9 @@
 """Grouped-query attention: the module, its reference form, and the one place where a faster form is chosen."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +94,8 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.k_RBGSC, k[None], start), jax.lax.dynamic_update_slice(cache.v_RBGSC, v[None], start)
             )
             k, v = (x[0] if x.shape[0] == 1 else x[repeat] for x in (cache.k_RBGSC, cache.v_RBGSC))
-        form = attend if cache is not None else attend_in_blocks
-        out_BTHC = form(q, k, v, mask_BTS, scale, config.attention_softcap)
+        form = partial(attend, scale=scale, softcap=config.attention_softcap)
+        out_BTHC = form(q, k, v, mask_BTS) if cache is not None else in_blocks(form, q, k, v, mask_BTS)
         return linear(out_BTHC.reshape(batch, length, -1), self.o_proj[...]), cache
 
 
@@ -122,27 +124,24 @@ def attend(
     return out.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
 
 
-def attend_in_blocks(
+def in_blocks(
+    form: Callable[..., Array],
     q_BTHC: Float[Array, "B T H C"],
-    k_BGSC: Float[Array, "B G T C"],
-    v_BGSC: Float[Array, "B G T C"],
+    k_BGTC: Float[Array, "B G T C"],
+    v_BGTC: Float[Array, "B G T C"],
     mask_BTT: Bool[Array, "B T T"],
-    scale: float,
-    softcap: float = 0.0,
 ) -> Float[Array, "B T H C"]:
-    """`attend` among the tokens of one call, which see no later ones: each block of queries meets only the keys up to its end.
+    """A form of attention among the tokens of one call, which see no later ones: each block of queries meets only the keys up to its end.
 
     Four blocks leave out 3/8 of the scores, which the mask would throw away; below 64 queries a block is not worth its overhead.
     """
     length = q_BTHC.shape[1]
     block = max(length // 4, 64)
     if length % block or length == block:
-        return attend(q_BTHC, k_BGSC, v_BGSC, mask_BTT, scale, softcap)
-
-    def part(start: int, end: int) -> Array:
-        return attend(q_BTHC[:, start:end], k_BGSC[:, :, :end], v_BGSC[:, :, :end], mask_BTT[:, start:end, :end], scale, softcap)
-
-    return jnp.concatenate([part(start, start + block) for start in range(0, length, block)], axis=1)
+        return form(q_BTHC, k_BGTC, v_BGTC, mask_BTT)
+    ends = range(block, length + 1, block)
+    parts = [form(q_BTHC[:, e - block : e], k_BGTC[:, :, :e], v_BGTC[:, :, :e], mask_BTT[:, e - block : e, :e]) for e in ends]
+    return jnp.concatenate(parts, axis=1)
 
 
 def causal_mask(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"], slot: Int[Array, ""], window: int | None = None) -> Bool[Array, "B T S"]:

@@ -87,9 +87,7 @@ def _write_shared(config: ModelConfig) -> dict[str, Any]:
 def _read_qwen3(config: Mapping[str, Any], kv_heads: int = 32) -> dict[str, Any]:
     _refuse(config, "hidden_act", ("silu", None))
     _refuse(config, "use_sliding_window", (False, None))
-    rope = _rope(config)
-    if _rope_type(rope) != "default":
-        raise ArchitectureError(f"config.json ({config['model_type']}): rotary scaling {rope!r} is not implemented, only plain rotary positions are")
+    _refuse_scaling(config)
     num_layers = int(config["num_hidden_layers"])
     if (kinds := config.get("layer_types")) is not None and list(kinds) != ["full_attention"] * num_layers:
         raise ArchitectureError(f"config.json ({config['model_type']}): layer_types={kinds!r}, expected {num_layers} times full_attention")
@@ -153,8 +151,8 @@ def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
     if _rope_type(rope) == "llama3":
         factor, low, high = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
         scaling = Llama3Scaling(factor, low, high, int(rope["original_max_position_embeddings"]))
-    elif _rope_type(rope) != "default":
-        raise ArchitectureError(f"config.json (llama): rotary scaling {rope!r} is not implemented, only llama3's and plain rotary positions are")
+    else:
+        _refuse_scaling(config)
     shared = _read_shared(config, head_dim=None)
     return shared | dict(
         num_kv_heads=int(config.get("num_key_value_heads") or shared["num_heads"]),
@@ -183,9 +181,8 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
 def _read_gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(config, "hidden_activation", ("gelu_pytorch_tanh", None))
     _refuse(config, "use_bidirectional_attention", (False, None))
-    num_layers, rope = int(config["num_hidden_layers"]), _rope(config)
-    if _rope_type(rope) != "default":
-        raise ArchitectureError(f"config.json (gemma2): rotary scaling {rope!r} is not implemented, only plain rotary positions are")
+    _refuse_scaling(config)
+    num_layers = int(config["num_hidden_layers"])
     kinds = config.get("layer_types") or [("sliding_attention", "full_attention")[layer % 2] for layer in range(num_layers)]
     shared = _read_shared(config, head_dim=256, tied=True)
     return shared | dict(
@@ -243,3 +240,8 @@ _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 def _refuse(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
     if config.get(key) not in allowed:
         raise ArchitectureError(f"config.json ({config['model_type']}): {key}={config[key]!r} is not implemented, expected {allowed[0]!r}")
+
+
+def _refuse_scaling(config: Mapping[str, Any]) -> None:
+    if _rope_type(rope := _rope(config)) != "default":
+        raise ArchitectureError(f"config.json ({config['model_type']}): rotary scaling {rope!r} is not implemented for this family")

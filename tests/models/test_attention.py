@@ -1,9 +1,11 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qscope_jax.models.attention import Attention, attend, attend_in_blocks, causal_mask
+from qscope_jax.models.attention import Attention, attend, causal_mask, in_blocks
 
 SCALE = 8**-0.5
 
@@ -59,7 +61,7 @@ def test_blocks_of_queries_equal_attention_to_all_keys(length):
     ids = jnp.asarray(np.sort(generator.integers(0, 4, (2, length)), axis=1), jnp.int32)  # padding on the left, then three documents
     mask = causal_mask(ids, ids, jnp.int32(0))
     seeing = np.asarray(mask.any(axis=-1))
-    whole, blocks = attend(q, k, v, mask, SCALE), attend_in_blocks(q, k, v, mask, SCALE)
+    whole, blocks = attend(q, k, v, mask, SCALE), in_blocks(partial(attend, scale=SCALE), q, k, v, mask)
     np.testing.assert_allclose(np.asarray(blocks)[seeing], np.asarray(whole)[seeing], atol=1e-6)
     assert np.isfinite(blocks).all()
 
