@@ -6,9 +6,14 @@ import jax
 import pytest
 
 from qscope_jax.demo import corpus, recipe
+from qscope_jax.demo import tour as tour_module
 from qscope_jax.demo.corpus import LANGUAGES
+from qscope_jax.demo.embedded import TinySAESettings
+from qscope_jax.demo.tour import Tour, make_tour
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
+
+FAST = TinySAESettings(num_features=64, k=4, steps=5, batch_tokens=64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,3 +43,10 @@ def small_model(tmp_path_factory, tiny_config) -> LanguageModel:
         recipe.make_tokenizer(folder, [line for topic in topics for line in topic.train + topic.held_out])
     config = tiny_config(layers=2, vocab_size=2000, eos_token_ids=(0,))
     return LanguageModel(jax.jit(lambda key: Decoder(config, key))(jax.random.key(0)), tokenizer=AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture
+def tour(small_corpus, small_model, monkeypatch) -> Tour:
+    """The tour of the small model, with a training of five steps."""
+    monkeypatch.setattr(tour_module, "tiny_model", lambda: small_model)
+    return make_tour(None, FAST)

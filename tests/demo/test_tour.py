@@ -5,20 +5,10 @@ import json
 import pytest
 from rich.console import Console
 
-from qscope_jax.demo import tour as module
 from qscope_jax.demo.chapters import CHAPTERS
-from qscope_jax.demo.embedded import TinySAESettings
 from qscope_jax.demo.tour import make_tour, run_tour
 from qscope_jax.errors import SourceError
 from qscope_jax.sae.layer_sae import load_sae
-
-FAST = TinySAESettings(num_features=64, k=4, steps=5, batch_tokens=64)
-
-
-@pytest.fixture
-def tour(small_corpus, small_model, monkeypatch):
-    monkeypatch.setattr(module, "tiny_model", lambda: small_model)
-    return make_tour(None, FAST)
 
 
 def test_the_tour_writes_a_page_its_numbers_and_the_saes(tour, tmp_path):
@@ -43,7 +33,7 @@ def test_the_tour_writes_a_page_its_numbers_and_the_saes(tour, tmp_path):
 def test_a_readers_own_text_is_trained_on_explained_and_continued(tour, tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("A short line.\n\nThis is a longer sentence about steering a small model with features.\n\n短句。\n", encoding="utf-8")
-    own = make_tour(str(path), FAST)
+    own = make_tour(str(path), tour.settings)
     assert own.own_text and not tour.own_text
     assert own.sentence == "This is a longer sentence about steering a small model with features."
     assert own.prompts[0] == "This is a longer" and len(own.prompts) == len(tour.prompts) > 4
@@ -56,4 +46,4 @@ def test_a_readers_own_text_is_trained_on_explained_and_continued(tour, tmp_path
 
 def test_a_text_that_is_not_there_is_said_so(tour):
     with pytest.raises(SourceError, match=r"nothing\.txt: no such file"):
-        make_tour("nothing.txt", FAST)
+        make_tour("nothing.txt", tour.settings)
