@@ -9,18 +9,16 @@ top-k SAE can be trained without it. Target: at least twice sparsify's rate at D
 """
 
 import argparse
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from benchmarks.timing import header, paired, report
 from qscope_jax.models.linear import linear
 from qscope_jax.sae.autoencoder import SparseAutoencoder
-from qscope_jax.training.sae import SAEConfig, SAEState, sae_step
+from qscope_jax.training.sae import SAEConfig, SAEState, SAEStep
 
 SHAPES = ((1024, 16384, 50, 1024), (2048, 32768, 50, 512))
 
@@ -50,12 +48,11 @@ def main() -> None:
 def _ours(x: np.ndarray, features: int, k: int) -> Any:
     width = x.shape[1]
     config = SAEConfig(num_features=features, k=k, steps=100_000)
-    optimizer = optax.adam(config.schedule())
+    step = SAEStep(config, width // 2)
     rows = jax.random.normal(jax.random.key(0), (features, width))
     rows /= jnp.linalg.norm(rows, axis=1, keepdims=True)
     sae = SparseAutoencoder(rows, jnp.array(rows), jnp.zeros(features), jnp.zeros(width), k=k)
-    step = jax.jit(partial(sae_step, optimizer, config, width // 2), donate_argnums=0)
-    held = {"state": SAEState(sae, optimizer.init(sae), jnp.zeros(features, jnp.int32), jnp.float32(np.sqrt(width)))}  # pyright: ignore[reportArgumentType]
+    held = {"state": SAEState(sae, step.optimizer.init(sae), jnp.zeros(features, jnp.int32), jnp.float32(np.sqrt(width)))}  # pyright: ignore[reportArgumentType]
     batch = jnp.asarray(x)
 
     def run() -> None:

@@ -118,7 +118,7 @@ class SAETraining:
         self.model, self.tokens, self.activations, self.config, self.held_out = model, tokens, activations, config, held_out
         self.aux_k = min(max(model.config.d_model // 2, 1) if config.aux_k is None else config.aux_k, config.num_features)
         self._first: ActivationStream | None = None
-        self.optimizer, self._step = _compiled(config, self.aux_k)
+        self._step = _compiled_step(config, self.aux_k)
 
     def init(self) -> tuple[SAEState, ...]:
         """One state a layer: unit random directions, tied encoder, b_dec at the geometric median of the first buffer."""
@@ -179,14 +179,38 @@ class SAETraining:
         b_enc = -jnp.matmul(directions, b_dec, precision=jax.lax.Precision.HIGHEST)
         sae = SparseAutoencoder(directions, jnp.array(directions), b_enc, b_dec, k=self.config.k)
         counters = jnp.zeros((self.config.num_features,), jnp.int32)
-        return SAEState(sae, self.optimizer.init(sae), counters, scale)  # pyright: ignore[reportArgumentType]
+        return SAEState(sae, self._step.optimizer.init(sae), counters, scale)  # pyright: ignore[reportArgumentType]
 
 
-@cache
-def _compiled(config: SAEConfig, aux_k: int) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
-    """The optimiser and the jitted step of a config; recipes of one config share the program."""
-    optimizer = optax.adam(config.schedule())
-    return optimizer, jax.jit(partial(sae_step, optimizer, config, aux_k), donate_argnums=0)
+class SAEStep:
+    """The optimiser of a config and `sae_step` jitted, its state donated.
+
+    On a CPU the gradients stay in the same memory from step to step: the system clears every page of a fresh array, which costs a tenth
+    of the step. What that memory holds is never read.
+    """
+
+    def __init__(self, config: SAEConfig, aux_k: int):
+        """Describe the program; it compiles when first called.
+
+        Args:
+            config: Size and training.
+            aux_k: Slots of AuxK's code.
+        """
+        self.optimizer = optax.adam(config.schedule())
+        program = partial(_step_and_gradients, self.optimizer, config, aux_k)
+        self._program = jax.jit(program, donate_argnums=(0, 2), keep_unused=True)
+        self._memory: SparseAutoencoder | None = None
+
+    def __call__(self, state: SAEState, x_ND: Float[Array, "N D"]) -> tuple[SAEState, dict[str, Array]]:
+        """See `sae_step`."""
+        memory, self._memory = self._memory, None
+        if memory is None and jax.default_backend() == "cpu":
+            memory = jax.tree.map(jnp.zeros_like, state.sae)
+        state, metrics, self._memory = self._program(state, x_ND, memory)
+        return state, metrics
+
+
+_compiled_step = cache(SAEStep)  # recipes of one config share the program
 
 
 def sae_step(
@@ -196,6 +220,14 @@ def sae_step(
 
     The decoder's gradient loses its part along each direction before clipping, and directions are renormalised after the step.
     """
+    state, metrics, _ = _step_and_gradients(optimizer, config, aux_k, state, x_ND, None)
+    return state, metrics
+
+
+def _step_and_gradients(
+    optimizer: optax.GradientTransformation, config: SAEConfig, aux_k: int, state: SAEState, x_ND: Array, memory: SparseAutoencoder | None
+) -> tuple[SAEState, dict[str, Array], SparseAutoencoder | None]:
+    """`sae_step`, and the gradients as they were before projection where there is `memory` (donated, of their shapes) to leave them in."""
     x = x_ND.astype(jnp.float32) / state.scale
     code = jax.lax.stop_gradient(state.sae.encode(x))
     fired_F = jnp.zeros((config.num_features,), bool).at[code.indices].max(code.values > 0)
@@ -208,6 +240,7 @@ def sae_step(
 
     # With no dead feature AuxK is exactly 0: its branch is not run, nor are its gradients written.
     grads, (fvu, aux) = jax.lax.cond(jnp.any(dead_F), gradient(True), gradient(False), state.sae)
+    kept = None if memory is None else grads
     rows_FD = state.sae.W_dec[...]
     along_F = jnp.sum(grads.W_dec[...] * rows_FD, axis=1)
     # Pythagoras with unit directions, so that the projected gradient is made only where it is used.
@@ -221,7 +254,7 @@ def sae_step(
     sae = replace_param(sae, "W_dec", jax.lax.cond(since_F[0] >= 0, _normalise, lambda rows: rows, sae.W_dec[...]))
     l0, dead = jnp.mean(jnp.sum(code.values > 0, axis=1, dtype=jnp.float32)), jnp.mean(dead_F, dtype=jnp.float32)
     metrics = {"fvu": fvu, "aux": aux, "l0": l0, "dead": dead, "gradient_norm": norm}
-    return SAEState(sae, opt_state, since_F, state.scale), metrics
+    return SAEState(sae, opt_state, since_F, state.scale), metrics, kept
 
 
 def sae_loss(
