@@ -21,6 +21,22 @@ _MASKED = -1e30
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Documents:
+    """Which tokens of a call belong together, for mixers with a state.
+
+    Attributes:
+        number_BT: Documents begun in the row up to each token; 0 goes on from the cache. Padding has the number of what precedes it.
+        valid_BT: False at padding.
+        ids_BS: Segment ids of the tokens, and before them of the few slots that a short convolution still sees.
+    """
+
+    number_BT: Int[Array, "B T"]
+    valid_BT: Bool[Array, "B T"]
+    ids_BS: Int[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SequenceContext:
     """What every mixer needs to know about the tokens of a call; computed once, shared by all layers."""
 
@@ -29,6 +45,7 @@ class SequenceContext:
     mask_BTS: Bool[Array, "B T S"]
     window_mask_BTS: Bool[Array, "B T S"] | None
     slot: Int[Array, ""]
+    documents: Documents | None
 
 
 class Attention(nnx.Module):
@@ -51,13 +68,13 @@ class Attention(nnx.Module):
             return nnx.Param((jax.random.normal(key, (rows, columns), jnp.float32) * scale).astype(dtype))
 
         self.config = config
-        self.q_proj = weight(q, heads, width, 0.02)
+        self.q_proj = weight(q, heads * (2 if config.attention_gate else 1), width, 0.02)
         self.k_proj = weight(k, groups, width, 0.02)
         self.v_proj = weight(v, groups, width, 0.02)
         self.o_proj = weight(o, width, heads, 0.02 / math.sqrt(2 * config.num_layers))
         if config.qk_norm:
-            self.q_norm = nnx.Param(jnp.ones((config.head_dim,), dtype))
-            self.k_norm = nnx.Param(jnp.ones((config.head_dim,), dtype))
+            first = jnp.zeros if config.unit_offset_norms else jnp.ones
+            self.q_norm, self.k_norm = nnx.Param(first((config.head_dim,), dtype)), nnx.Param(first((config.head_dim,), dtype))
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: SequenceContext, cache: KeyValues | None, repeat: Int[Array, ""] | int
@@ -75,7 +92,8 @@ class Attention(nnx.Module):
         """
         config = self.config
         batch, length, _ = x_BTD.shape
-        q = linear(x_BTD, self.q_proj[...]).reshape(batch, length, config.num_heads, config.head_dim)
+        q = linear(x_BTD, self.q_proj[...]).reshape(batch, length, config.num_heads, -1)
+        q, gate_BTHC = (q[..., : config.head_dim], q[..., config.head_dim :]) if config.attention_gate else (q, None)
         k = linear(x_BTD, self.k_proj[...]).reshape(batch, length, config.num_kv_heads, config.head_dim)
         v = linear(x_BTD, self.v_proj[...]).reshape(batch, length, config.num_kv_heads, config.head_dim)
         if config.qk_norm:
@@ -86,7 +104,7 @@ class Attention(nnx.Module):
         scale = config.attention_scale or config.head_dim**-0.5
         if cache is None and _implementation(config) == "cudnn":
             out_BTHC = jax.nn.dot_product_attention(q, k, v, mask=mask_BTS[:, None], scale=scale, implementation="cudnn")
-            return linear(out_BTHC.reshape(batch, length, -1), self.o_proj[...]), None
+            return self._project(out_BTHC, gate_BTHC), None
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
             start = (repeat, 0, 0, context.slot, 0)
@@ -96,7 +114,12 @@ class Attention(nnx.Module):
             k, v = (x[0] if x.shape[0] == 1 else x[repeat] for x in (cache.k_RBGSC, cache.v_RBGSC))
         form = partial(attend, scale=scale, softcap=config.attention_softcap)
         out_BTHC = form(q, k, v, mask_BTS) if cache is not None else in_blocks(form, q, k, v, mask_BTS)
-        return linear(out_BTHC.reshape(batch, length, -1), self.o_proj[...]), cache
+        return self._project(out_BTHC, gate_BTHC), cache
+
+    def _project(self, out_BTHC: Array, gate_BTHC: Array | None) -> Array:
+        if gate_BTHC is not None:
+            out_BTHC *= jax.nn.sigmoid(gate_BTHC.astype(jnp.float32)).astype(out_BTHC.dtype)
+        return linear(out_BTHC.reshape(*out_BTHC.shape[:2], -1), self.o_proj[...])
 
 
 def attend(

@@ -41,9 +41,32 @@ class KeyValues:
     v_RBGSC: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeltaState:
+    """State of a gated delta net.
+
+    Attributes:
+        memory: [R, B, G, J, key, value] in float32, J value heads to each of G key heads.
+        inputs: What the short convolution still sees, [R, B, slots, channels].
+    """
+
+    memory: Array
+    inputs: Array
+
+
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, prompt padding included."""
-    shape = (config.repeats, batch, config.num_kv_heads, slots, config.head_dim)
-    layers = tuple(KeyValues(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.period))
+    layers = tuple(_empty(config, mixer, batch, slots) for mixer in config.mixers[: config.period])
     zeros = jnp.zeros((batch,), jnp.int32)
     return Cache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32), zeros, zeros)
+
+
+def _empty(config: ModelConfig, mixer: str, batch: int, slots: int) -> KeyValues | DeltaState:
+    if mixer == "gated_delta":
+        heads = (config.delta_key_heads, config.delta_value_heads // config.delta_key_heads)
+        channels = 2 * config.delta_key_heads * config.delta_key_dim + config.delta_value_heads * config.delta_value_dim
+        memory = jnp.zeros((config.repeats, batch, *heads, config.delta_key_dim, config.delta_value_dim), jnp.float32)
+        return DeltaState(memory, jnp.zeros((config.repeats, batch, config.delta_conv - 1, channels), config.dtype))
+    shape = (config.repeats, batch, config.num_kv_heads, slots, config.head_dim)
+    return KeyValues(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))

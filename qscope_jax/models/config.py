@@ -6,7 +6,7 @@ from typing import Any
 
 from qscope_jax.errors import ArchitectureError, ConfigError
 
-MIXERS = ("full_attention", "sliding_attention")
+MIXERS = ("full_attention", "sliding_attention", "gated_delta")
 FEED_FORWARDS = ("dense", "moe")
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -58,13 +58,29 @@ class ModelConfig:
     """Hidden width of an expert."""
     norm_expert_weights: bool = False
     """Whether the chosen experts' probabilities are scaled to sum to 1."""
+    d_shared_expert: int = 0
+    """Hidden width of the gated expert that every token goes through as well (Qwen3.5-MoE); 0 is none."""
+    fused_experts: bool = False
+    """Whether the checkpoint holds all experts of a layer in one tensor; says nothing about the computation."""
+    delta_key_heads: int = 0
+    """Heads of `gated_delta` that queries and keys have; each serves as many value heads as there are a key head."""
+    delta_value_heads: int = 0
+    delta_key_dim: int = 0
+    """Width of a query or key of `gated_delta`."""
+    delta_value_dim: int = 0
+    delta_conv: int = 4
+    """Tokens that the short convolution of `gated_delta` sees, its own included."""
+    delta_chunk: int = 64
+    """Tokens that the chunked form of `gated_delta` takes at once; changes rounding only."""
     rope_theta: float = 1e6
     rope_scaling: Llama3Scaling | None = None
+    rotary_dim: int = 0
+    """Leading channels of a head that are rotated (Qwen3.5: a quarter); 0 is all."""
     norm_eps: float = 1e-6
     qk_norm: bool = True
     """RMS norm on every query and key head before rotary positions (Qwen3)."""
     unit_offset_norms: bool = False
-    """Norms multiply by 1 + w, in float32, instead of by w (Gemma)."""
+    """Norms multiply by 1 + w, in float32, instead of by w (Gemma, Qwen3.5)."""
     output_norms: bool = False
     """Further norms on what mixer and feed-forward add to the residual stream (Gemma-2)."""
     activation: str = "silu"
@@ -73,6 +89,8 @@ class ModelConfig:
     """Multiply embeddings by sqrt(D) (Gemma)."""
     sliding_window: int = 0
     """Tokens that a query of `sliding_attention` sees, itself included."""
+    attention_gate: bool = False
+    """Attention's output times the sigmoid of a gate that the query projection computes beside each head's query (Qwen3.5)."""
     attention_scale: float = 0.0
     """What scores are multiplied by; 0 is 1 / sqrt(head_dim)."""
     attention_softcap: float = 0.0
@@ -113,8 +131,12 @@ class ModelConfig:
             raise ConfigError(f"model config: {self.experts_per_token} of {self.num_experts} experts, {self.d_expert} wide, are none or too many")
         if "sliding_attention" in self.mixers and self.sliding_window < 1:
             raise ConfigError(f"model config: sliding_window is {self.sliding_window}, expected a positive integer")
-        if self.head_dim % 2:
-            raise ConfigError(f"model config: head_dim is {self.head_dim}; rotary positions need an even width")
+        if "gated_delta" in self.mixers:
+            sizes = (self.delta_key_heads, self.delta_value_heads, self.delta_key_dim, self.delta_value_dim, self.delta_conv, self.delta_chunk)
+            if min(sizes) < 1 or self.delta_value_heads % self.delta_key_heads:
+                raise ConfigError(f"model config: gated_delta has sizes {sizes}, expected positive ones, with value heads a multiple of key heads")
+        if self.rotary_width % 2 or not 2 <= self.rotary_width <= self.head_dim:
+            raise ConfigError(f"model config: {self.rotary_width} of {self.head_dim} channels of a head are rotary, expected an even number of them")
         if self.period == 0:
             object.__setattr__(self, "period", _smallest_period(tuple(zip(self.mixers, self.feed_forwards, strict=True))))
         if self.period < 1 or self.num_layers % self.period:
@@ -124,6 +146,11 @@ class ModelConfig:
     def num_layers(self) -> int:
         """L."""
         return len(self.mixers)
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def repeats(self) -> int:

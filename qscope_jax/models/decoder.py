@@ -12,16 +12,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qscope_jax.errors import InputError
-from qscope_jax.models.attention import Attention, SequenceContext, causal_mask
+from qscope_jax.models.attention import Attention, Documents, SequenceContext, causal_mask
 from qscope_jax.models.cache import Cache
 from qscope_jax.models.config import ModelConfig
+from qscope_jax.models.delta_net import GatedDeltaNet
 from qscope_jax.models.edits import Edit, EditContext, apply_edits
 from qscope_jax.models.experts import MixtureOfExperts
 from qscope_jax.models.feedforward import GatedMLP
 from qscope_jax.models.linear import linear, rms_norm, soft_cap
 from qscope_jax.models.rotary import rotary_tables
 
-_MIXERS = {"full_attention": Attention, "sliding_attention": partial(Attention, sliding=True)}
+_MIXERS = {"full_attention": Attention, "sliding_attention": partial(Attention, sliding=True), "gated_delta": GatedDeltaNet}
 _FEED_FORWARDS = {"dense": GatedMLP, "moe": MixtureOfExperts}
 
 
@@ -149,6 +150,7 @@ class Decoder(nnx.Module):
         config = self.config
         valid_BT = segment_ids > 0
         local_BT = _positions(segment_ids)
+        documents = _documents(segment_ids, cache, config.delta_conv - 1) if "gated_delta" in config.mixers else None
         if cache is None:
             slot, keys_BS, decoding = jnp.zeros((), jnp.int32), segment_ids, jnp.zeros((), bool)
             lengths_BT = _segment_lengths(segment_ids, local_BT) if edited else local_BT
@@ -161,9 +163,9 @@ class Decoder(nnx.Module):
             lengths_BT = jnp.broadcast_to(prompt_B[:, None], segment_ids.shape)
             cache = Cache(cache.layers, keys_BS, slot + segment_ids.shape[1], lengths_B, prompt_B)
         positions = local_BT if positions is None else positions
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        cos, sin = rotary_tables(positions, config.rotary_width, config.rope_theta, config.rope_scaling)
         window = causal_mask(segment_ids, keys_BS, slot, config.sliding_window) if "sliding_attention" in config.mixers else None
-        context = SequenceContext(cos, sin, causal_mask(segment_ids, keys_BS, slot), window, slot)
+        context = SequenceContext(cos, sin, causal_mask(segment_ids, keys_BS, slot), window, slot, documents)
         return context, EditContext(local_BT, lengths_BT, valid_BT, decoding) if edited else None, cache
 
 
@@ -228,6 +230,25 @@ def _positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return jnp.where(segment_ids > 0, index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1), 0)
+
+
+def _documents(segment_ids: Int[Array, "B T"], cache: Cache | None, before: int) -> Documents:
+    """The documents of a call; the first goes on from the cache where its segment is that of the cache's last token."""
+    valid_BT = segment_ids > 0
+    if cache is None:
+        earlier_BS, last_B = jnp.zeros((segment_ids.shape[0], before), jnp.int32), jnp.zeros((segment_ids.shape[0],), jnp.int32)
+    else:
+        ids_BS = cache.segment_ids_BS  # slots not written yet hold 0
+        slots = jnp.arange(ids_BS.shape[1], dtype=jnp.int32)
+        latest_B = jnp.max(jnp.where(ids_BS > 0, slots, 0), axis=1, keepdims=True)
+        last_B = jnp.take_along_axis(ids_BS, latest_B, axis=1)[:, 0]
+        earlier_BS = jax.lax.dynamic_slice_in_dim(jnp.pad(ids_BS, ((0, 0), (before, 0))), cache.slot, before, axis=1)
+    # The segment of the last token before each one, padding left out.
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    latest_BT = jnp.pad(jax.lax.cummax(jnp.where(valid_BT, index, -1), axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous_BT = jnp.where(latest_BT < 0, last_B[:, None], jnp.take_along_axis(segment_ids, jnp.maximum(latest_BT, 0), axis=1))
+    starts_BT = valid_BT & (segment_ids != previous_BT)
+    return Documents(jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32), valid_BT, jnp.concatenate([earlier_BS, segment_ids], axis=1))
 
 
 def _segment_lengths(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:

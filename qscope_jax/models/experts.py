@@ -18,27 +18,36 @@ class MixtureOfExperts(nnx.Module):
     """Router and experts; every expert is a SwiGLU.
 
     p = softmax(x W_router^T)  in float32;  p, e = the experts_per_token largest [/ their sum]
-    y = sum_k p_k expert_{e_k}(x)
+    y = sum_k p_k expert_{e_k}(x)  [+ sigmoid(w_shared x) shared_expert(x)]
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         """Random weights: normal with standard deviation 0.02, output projections scaled down with depth."""
-        keys = jax.random.split(key, 4)
-        wide, narrow = (config.num_experts, config.d_expert, config.d_model), (config.num_experts, config.d_model, config.d_expert)
-        scales = (0.02, 0.02, 0.02, 0.02 / math.sqrt(2 * config.num_layers))
-        self.router, self.experts_gate_proj, self.experts_up_proj, self.experts_down_proj = (
-            nnx.Param((jax.random.normal(k, shape, jnp.float32) * scale).astype(config.dtype))
-            for k, shape, scale in zip(keys, ((config.num_experts, config.d_model), wide, wide, narrow), scales, strict=True)
-        )
+        keys = iter(jax.random.split(key, 7))
+        experts, hidden, width, down = config.num_experts, config.d_expert, config.d_model, 0.02 / math.sqrt(2 * config.num_layers)
+
+        def weight(*shape: int, scale: float = 0.02) -> nnx.Param:
+            return nnx.Param((jax.random.normal(next(keys), shape, jnp.float32) * scale).astype(config.dtype))
+
+        self.router = weight(experts, width)
+        self.experts_gate_up_proj = weight(experts, 2, hidden, width)
+        self.experts_down_proj = weight(experts, width, hidden, scale=down)
+        if config.d_shared_expert:
+            self.shared_gate_proj, self.shared_up_proj = weight(config.d_shared_expert, width), weight(config.d_shared_expert, width)
+            self.shared_down_proj, self.shared_gate = weight(width, config.d_shared_expert, scale=down), weight(1, width)
         self.experts_per_token, self.norm_expert_weights = config.experts_per_token, config.norm_expert_weights
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's contribution to the residual stream."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_NK, experts_NK = self.route(x_ND)
-        arrays = (self.experts_gate_proj[...], self.experts_up_proj[...], self.experts_down_proj[...])
-        gate, up, down = (w.astype(x_ND.dtype) for w in arrays)
-        return mix(x_ND, weights_NK, experts_NK, gate, up, down).reshape(x_BTD.shape)
+        gate_up, down = (w[...].astype(x_ND.dtype) for w in (self.experts_gate_up_proj, self.experts_down_proj))
+        out_ND = mix(x_ND, weights_NK, experts_NK, gate_up, down)
+        if hasattr(self, "shared_gate"):
+            hidden_NI = jax.nn.silu(linear(x_ND, self.shared_gate_proj[...])) * linear(x_ND, self.shared_up_proj[...])
+            share_N1 = jax.nn.sigmoid(linear(x_ND, self.shared_gate[...]).astype(jnp.float32)).astype(x_ND.dtype)
+            out_ND += share_N1 * linear(hidden_NI, self.shared_down_proj[...])
+        return out_ND.reshape(x_BTD.shape)
 
     def route(self, x_ND: Float[Array, "N D"]) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
         """Weight and number of each token's experts, the most probable first; computed in float32 whatever the model's dtype."""
@@ -58,8 +67,7 @@ def mix(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     experts_NK: Int[Array, "N K"],
-    gate_EID: Float[Array, "E I D"],
-    up_EID: Float[Array, "E I D"],
+    gate_up_E2ID: Float[Array, "E 2 I D"],
     down_EDI: Float[Array, "E D I"],
     how: str | None = None,
 ) -> Float[Array, "N D"]:
@@ -69,35 +77,34 @@ def mix(
         x_ND: Tokens.
         weights_NK: Weight of each chosen expert.
         experts_NK: The chosen experts, distinct in each row.
-        gate_EID: Gate projections, [out, in] for each expert.
-        up_EID: Up projections.
+        gate_up_E2ID: Gate and up projection of each expert, both [out, in].
         down_EDI: Down projections.
         how: `reference` (every expert for every token), `blocks` or `grouped` (only the chosen ones); default by `strategy`.
     """
     how = how or strategy()
     if how == "reference":
-        return _every_expert(x_ND, weights_NK, experts_NK, gate_EID, up_EID, down_EDI)
+        return _every_expert(x_ND, weights_NK, experts_NK, gate_up_E2ID, down_EDI)
     tokens, chosen = experts_NK.shape
     order_A = jnp.argsort(experts_NK.reshape(-1), stable=True).astype(jnp.int32)  # assignments (token, slot) by expert
-    counts_E = jnp.zeros((gate_EID.shape[0],), jnp.int32).at[experts_NK.reshape(-1)].add(1)
+    counts_E = jnp.zeros((gate_up_E2ID.shape[0],), jnp.int32).at[experts_NK.reshape(-1)].add(1)
     form = _blocks if how == "blocks" else _grouped
-    out_AD = form(x_ND, order_A // chosen, counts_E, gate_EID, up_EID, down_EDI)
+    out_AD = form(x_ND, order_A // chosen, counts_E, gate_up_E2ID, down_EDI)
     # Back to the order of tokens, so that each sums its own experts in the order of their probability.
     out_NKD = jnp.zeros_like(out_AD).at[order_A].set(out_AD, unique_indices=True).reshape(tokens, chosen, -1)
     return jnp.einsum("nk,nkd->nd", weights_NK, out_NKD, precision=precision_for(x_ND.dtype))
 
 
-def _every_expert(x_ND: Array, weights_NK: Array, experts_NK: Array, gate_EID: Array, up_EID: Array, down_EDI: Array) -> Array:
-    def add(total_ND: Array, expert: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
+def _every_expert(x_ND: Array, weights_NK: Array, experts_NK: Array, gate_up_E2ID: Array, down_EDI: Array) -> Array:
+    def add(total_ND: Array, expert: tuple[Array, Array, Array]) -> tuple[Array, None]:
         number, *weights = expert
         share_N = jnp.sum(jnp.where(experts_NK == number, weights_NK, jnp.zeros((), weights_NK.dtype)), axis=1)
         return total_ND + share_N[:, None] * _expert(x_ND, *weights), None
 
-    numbers = jnp.arange(gate_EID.shape[0], dtype=experts_NK.dtype)
-    return jax.lax.scan(add, jnp.zeros_like(x_ND), (numbers, gate_EID, up_EID, down_EDI))[0]
+    numbers = jnp.arange(gate_up_E2ID.shape[0], dtype=experts_NK.dtype)
+    return jax.lax.scan(add, jnp.zeros_like(x_ND), (numbers, gate_up_E2ID, down_EDI))[0]
 
 
-def _blocks(x_ND: Array, tokens_A: Array, counts_E: Array, gate_EID: Array, up_EID: Array, down_EDI: Array) -> Array:
+def _blocks(x_ND: Array, tokens_A: Array, counts_E: Array, gate_up_E2ID: Array, down_EDI: Array) -> Array:
     """Assignments cut into blocks of one expert each, about as long as an expert's mean share; a block that none fills is skipped."""
     assignments, experts = tokens_A.shape[0], counts_E.shape[0]
     size = 1 << min(max(math.ceil(math.log2(max(assignments / experts, 1))), 0), 8)
@@ -113,7 +120,7 @@ def _blocks(x_ND: Array, tokens_A: Array, counts_E: Array, gate_EID: Array, up_E
             within = lanes + size * (block - (last_E[expert] - blocks_E[expert]))
             # Lanes beyond the expert's assignments compute on a token that is there, and are written nowhere.
             places = jnp.where(within < counts_E[expert], starts_E[expert] + within, assignments)
-            y = _expert(x_ND[tokens_A[jnp.minimum(places, assignments - 1)]], gate_EID[expert], up_EID[expert], down_EDI[expert])
+            y = _expert(x_ND[tokens_A[jnp.minimum(places, assignments - 1)]], gate_up_E2ID[expert], down_EDI[expert])
             return out_AD.at[places].set(y, mode="drop")
 
         return jax.lax.cond(block < last_E[-1], work, lambda out_AD: out_AD, out_AD), None
@@ -122,16 +129,19 @@ def _blocks(x_ND: Array, tokens_A: Array, counts_E: Array, gate_EID: Array, up_E
     return jax.lax.scan(one, start, jnp.arange(most, dtype=jnp.int32))[0]
 
 
-def _grouped(x_ND: Array, tokens_A: Array, counts_E: Array, gate_EID: Array, up_EID: Array, down_EDI: Array) -> Array:
+def _grouped(x_ND: Array, tokens_A: Array, counts_E: Array, gate_up_E2ID: Array, down_EDI: Array) -> Array:
     """XLA's grouped matrix product over assignments sorted by expert."""
-    numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
 
     def product(x: Array, w: Array) -> Array:
+        numbers = jax.lax.RaggedDotDimensionNumbers(
+            (((1,), (w.ndim - 1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+        )
         return jax.lax.ragged_dot_general(x, w, counts_E, numbers, precision=precision_for(x.dtype))
 
-    x_AD = x_ND[tokens_A]
-    return product(jax.nn.silu(product(x_AD, gate_EID)) * product(x_AD, up_EID), down_EDI)
+    experts, _, hidden, width = gate_up_E2ID.shape
+    both_AI = product(x_ND[tokens_A], gate_up_E2ID.reshape(experts, 2 * hidden, width))
+    return product(jax.nn.silu(both_AI[:, :hidden]) * both_AI[:, hidden:], down_EDI)
 
 
-def _expert(x_ND: Array, gate_ID: Array, up_ID: Array, down_DI: Array) -> Array:
-    return linear(jax.nn.silu(linear(x_ND, gate_ID)) * linear(x_ND, up_ID), down_DI)
+def _expert(x_ND: Array, gate_up_2ID: Array, down_DI: Array) -> Array:
+    return linear(jax.nn.silu(linear(x_ND, gate_up_2ID[0])) * linear(x_ND, gate_up_2ID[1]), down_DI)

@@ -30,7 +30,12 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 def write_hf(config: ModelConfig) -> dict[str, Any]:
     """The keys of `config.json` that this decoder determines."""
-    return {"model_type": config.family, **_write_shared(config), **_WRITERS[config.family](config)}
+    keys = {"model_type": config.family, **_write_shared(config), **_WRITERS[config.family](config)}
+    if "text_config" not in config.hf:
+        return keys
+    inner = {**config.hf["text_config"], **keys, "model_type": f"{config.family}_text"}
+    outer = {key: keys[key] for key in ("model_type", "tie_word_embeddings", "dtype")}
+    return {**outer, "text_config": {key: value for key, value in inner.items() if key != "architectures"}}
 
 
 def _read_shared(config: Mapping[str, Any], *, head_dim: int | None, tied: bool = False) -> dict[str, Any]:
@@ -142,6 +147,85 @@ def _write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _read_qwen3_5(config: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse(config, "hidden_act", ("silu", None))
+    _refuse(config, "attn_output_gate", (True, None))
+    _refuse_scaling(config)
+    num_layers, rope = int(config["num_hidden_layers"]), _rope(config)
+    interval = int(config.get("full_attention_interval", 4))
+    kinds = config.get("layer_types") or ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)]
+    shared = _read_shared(config, head_dim=256)
+    width = shared["head_dim"] * float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25)))
+    return shared | dict(
+        num_kv_heads=int(config.get("num_key_value_heads", 4)),
+        mixers=tuple("gated_delta" if kind == "linear_attention" else kind for kind in kinds),
+        feed_forwards=("dense",) * num_layers,
+        rotary_dim=int(width),
+        unit_offset_norms=True,
+        attention_gate=True,
+        delta_key_heads=int(config.get("linear_num_key_heads", 16)),
+        delta_value_heads=int(config.get("linear_num_value_heads", 32)),
+        delta_key_dim=int(config.get("linear_key_head_dim", 128)),
+        delta_value_dim=int(config.get("linear_value_head_dim", 128)),
+        delta_conv=int(config.get("linear_conv_kernel_dim", 4)),
+        max_positions=int(config.get("max_position_embeddings", 32768)),
+    )
+
+
+def _write_qwen3_5(config: ModelConfig) -> dict[str, Any]:
+    rope = {**_rope(_text(config.hf)), "rope_type": "default", "rope_theta": config.rope_theta}
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "hidden_act": "silu",
+        "layer_types": ["linear_attention" if mixer == "gated_delta" else mixer for mixer in config.mixers],
+        "rope_parameters": {**rope, "partial_rotary_factor": config.rotary_width / config.head_dim},
+        "linear_num_key_heads": config.delta_key_heads,
+        "linear_num_value_heads": config.delta_value_heads,
+        "linear_key_head_dim": config.delta_key_dim,
+        "linear_value_head_dim": config.delta_value_dim,
+        "linear_conv_kernel_dim": config.delta_conv,
+    }
+
+
+def _read_qwen3_5_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As Qwen3.5, with experts and one shared by all tokens in every layer."""
+    _refuse(config, "mlp_only_layers", (None, []))
+    shared_width = int(config.get("shared_expert_intermediate_size", 512))
+    fields = _read_qwen3_5({"num_key_value_heads": 2, "intermediate_size": shared_width, **config})
+    return fields | dict(
+        feed_forwards=("moe",) * len(fields["mixers"]),
+        num_experts=int(config.get("num_experts", 256)),
+        experts_per_token=int(config.get("num_experts_per_tok", 8)),
+        d_expert=int(config.get("moe_intermediate_size", 512)),
+        d_shared_expert=shared_width,
+        norm_expert_weights=True,
+    )
+
+
+def _write_qwen3_5_moe(config: ModelConfig) -> dict[str, Any]:
+    return _write_qwen3_5(config) | {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.d_expert,
+        "shared_expert_intermediate_size": config.d_shared_expert,
+    }
+
+
+def _wrapped(reader: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Reader of the wrapper with a vision tower, whose text decoder has a config of its own; what both say, the wrapper decides."""
+
+    def read(config: Mapping[str, Any]) -> dict[str, Any]:
+        own = {key: config[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if config.get(key) is not None}
+        return reader({"model_type": config["model_type"], **_text(config), **own})
+
+    return read
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("text_config") or config
+
+
 def _read_llama(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(config, "hidden_act", ("silu", None))
     _refuse(config, "mlp_bias", (False, None))
@@ -228,12 +312,20 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _read_llama,
     "qwen3": _read_qwen3,
     "qwen3_moe": _read_qwen3_moe,
+    "qwen3_5": _wrapped(_read_qwen3_5),
+    "qwen3_5_text": _read_qwen3_5,
+    "qwen3_5_moe": _wrapped(_read_qwen3_5_moe),
+    "qwen3_5_moe_text": _read_qwen3_5_moe,
 }
 _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "gemma2": _write_gemma2,
     "llama": _write_llama,
     "qwen3": _write_qwen3,
     "qwen3_moe": _write_qwen3_moe,
+    "qwen3_5": _write_qwen3_5,
+    "qwen3_5_text": _write_qwen3_5,
+    "qwen3_5_moe": _write_qwen3_5_moe,
+    "qwen3_5_moe_text": _write_qwen3_5_moe,
 }
 
 

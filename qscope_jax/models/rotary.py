@@ -10,14 +10,14 @@ from qscope_jax.models.config import Llama3Scaling
 
 
 def rotary_tables(
-    positions_BT: Int[Array, "B T"], head_dim: int, theta: float, scaling: Llama3Scaling | None = None
-) -> tuple[Float[Array, "B T 1 C"], Float[Array, "B T 1 C"]]:
-    """Cosine and signed sine of every position and channel, in float32.
+    positions_BT: Int[Array, "B T"], width: int, theta: float, scaling: Llama3Scaling | None = None
+) -> tuple[Float[Array, "B T 1 W"], Float[Array, "B T 1 W"]]:
+    """Cosine and signed sine of every position and each of `width` rotary channels, in float32.
 
     bfloat16 angles would turn position 257 into 256. The sine carries the sign of the rotation's first half, so that applying it
     is two products and one rotation of the channels.
     """
-    half = head_dim // 2
+    half = width // 2
     # By the host, in double precision: an error in a frequency is multiplied by the position, and accelerators' powers are approximate.
     frequencies = theta ** (-np.arange(half) / half)
     if scaling is not None:
@@ -39,8 +39,10 @@ def scale_frequencies(frequencies: Float[np.ndarray, " C"], scaling: Llama3Scali
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def apply_rotary(x_BTHC: Float[Array, "B T H C"], cos: Float[Array, "B T 1 C"], sin: Float[Array, "B T 1 C"]) -> Float[Array, "B T H C"]:
-    """Rotate channel pairs (c, c + C/2) of every head."""
-    x32 = x_BTHC.astype(jnp.float32)
-    swapped = jnp.roll(x32, x32.shape[-1] // 2, axis=-1)
-    return (x32 * cos + swapped * sin).astype(x_BTHC.dtype)
+def apply_rotary(x_BTHC: Float[Array, "B T H C"], cos: Float[Array, "B T 1 W"], sin: Float[Array, "B T 1 W"]) -> Float[Array, "B T H C"]:
+    """Rotate channel pairs (c, c + W/2) of the first W channels of every head; the others stay."""
+    width = cos.shape[-1]
+    x32 = x_BTHC[..., :width].astype(jnp.float32)
+    swapped = jnp.roll(x32, width // 2, axis=-1)
+    rotated = (x32 * cos + swapped * sin).astype(x_BTHC.dtype)
+    return rotated if width == x_BTHC.shape[-1] else jnp.concatenate([rotated, x_BTHC[..., width:]], axis=-1)

@@ -48,6 +48,12 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
 
+    def read(self) -> np.ndarray:
+        """The whole tensor in its own dtype; checked as by `read_rows`."""
+        out = np.empty(self.shape, self.dtype)
+        self.read_rows(out)
+        return out
+
     def read_rows(self, out: np.ndarray, start: int = 0) -> None:
         """Read rows `start` onwards into the C-contiguous array `out`, casting if its dtype differs, and check that they are finite.
 

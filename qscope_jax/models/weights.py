@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: one invertible table of names, read and written by streaming slices."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -35,17 +35,43 @@ _LLAMA = {
 _QWEN3 = _LLAMA | {f"layers.mixer.{name}": f"model.layers.{{layer}}.self_attn.{name}.weight" for name in ("q_norm", "k_norm")}
 _QWEN3_MOE = _QWEN3 | {
     "layers.feed_forward.router": "model.layers.{layer}.mlp.gate.weight",
+    "layers.feed_forward.experts_gate_up_proj": "model.layers.{layer}.mlp.experts.{expert}.{half}.weight",
+    "layers.feed_forward.experts_down_proj": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+}
+_QWEN3_5 = _QWEN3_MOE | {
     **{
-        f"layers.feed_forward.experts_{name}": f"model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight"
+        f"layers.mixer.{name}": f"model.layers.{{layer}}.linear_attn.{name}.weight"
+        for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "out_proj")
+    },
+    **{f"layers.mixer.{name}": f"model.layers.{{layer}}.linear_attn.{name}" for name in ("A_log", "dt_bias")},
+    "layers.mixer.delta_norm": "model.layers.{layer}.linear_attn.norm.weight",
+    **{
+        f"layers.feed_forward.shared_{name}": f"model.layers.{{layer}}.mlp.shared_expert.{name}.weight"
         for name in ("gate_proj", "up_proj", "down_proj")
     },
+    "layers.feed_forward.shared_gate": "model.layers.{layer}.mlp.shared_expert_gate.weight",
 }
+# In the wrapper with a vision tower the text decoder is one part of several.
+_QWEN3_5_WRAPPED = {path: name.replace("model.", "model.language_model.", 1) for path, name in _QWEN3_5.items()}
+# Where all experts of a layer are one tensor, the halves of `gate_up_proj` lie behind each other, as in our array.
+_FUSED = {name: "model.layers.{layer}.mlp.experts." + name.removeprefix("experts_") for name in ("experts_gate_up_proj", "experts_down_proj")}
 _GEMMA2 = _LLAMA | {
     "layers.mixer_output_norm": "model.layers.{layer}.post_attention_layernorm.weight",
     "layers.post_attention_norm": "model.layers.{layer}.pre_feedforward_layernorm.weight",
     "layers.feed_forward_output_norm": "model.layers.{layer}.post_feedforward_layernorm.weight",
 }
-NAME_TABLES: dict[str, dict[str, str]] = {"gemma2": _GEMMA2, "llama": _LLAMA, "qwen3": _QWEN3, "qwen3_moe": _QWEN3_MOE}
+NAME_TABLES: dict[str, dict[str, str]] = {
+    "gemma2": _GEMMA2,
+    "llama": _LLAMA,
+    "qwen3": _QWEN3,
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3_5": _QWEN3_5_WRAPPED,
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5_WRAPPED,
+    "qwen3_5_moe_text": _QWEN3_5,
+}
+# Tensors that a decoder of the family knowingly leaves out: vision tower and multi-token prediction. An export carries them over.
+_CARRIED_TENSORS = {family: ("model.visual.", "mtp.") for family in NAME_TABLES if family.startswith("qwen3_5")}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHARD_BYTES = 5_000_000_000
@@ -59,13 +85,15 @@ class Placement:
 
     Attributes:
         names: Names of the tensors, the last leading dimension fastest.
-        stacked: The leading dimensions: repeats of the layer, and experts.
-        shape: Shape of each tensor.
+        stacked: The leading dimensions: repeats of the layer, experts, and the halves of an expert's gate and up projection.
+        shape: Shape of each tensor, as a part of the array.
+        disk_shape: Its shape on disk, of the same elements in the same order.
     """
 
     names: tuple[str, ...]
     stacked: tuple[int, ...]
     shape: tuple[int, ...]
+    disk_shape: tuple[int, ...]
 
     def index(self, number: int) -> tuple[int, ...]:
         """Where the tensor of that number lies in the array."""
@@ -74,19 +102,37 @@ class Placement:
 
 def placement(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> Placement:
     """Placement of the leaf with a key path and shape of a decoder of `config`."""
-    pattern = NAME_TABLES[config.family][".".join(_parameter(path))]
-    leading = ("{layer}" in pattern) + ("{expert}" in pattern)
+    parameter = _parameter(path)
+    pattern = NAME_TABLES[config.family][".".join(parameter)]
+    if config.fused_experts and parameter[-1] in _FUSED:
+        pattern = _FUSED[parameter[-1]].replace("model.", _prefix(config.family), 1)
+    leading = [kind for kind in ("{layer}", "{expert}", "{half}") if kind in pattern]
     if not leading:
-        return Placement((pattern,), (), shape)
+        return Placement((pattern,), (), shape, shape)
     place = next(index for key in path if isinstance(index := getattr(key, "key", getattr(key, "idx", None)), int))
     layers = [repeat * config.period + place for repeat in range(shape[0])]
-    experts = range(shape[1] if leading == 2 else 1)
-    return Placement(tuple(pattern.format(layer=layer, expert=e) for layer in layers for e in experts), shape[:leading], shape[leading:])
+    experts = range(shape[1] if "{expert}" in leading else 1)
+    halves = ("gate_proj", "up_proj") if "{half}" in leading else ("",)
+    names = tuple(pattern.format(layer=layer, expert=e, half=half) for layer in layers for e in experts for half in halves)
+    part = shape[len(leading) :]
+    fused = config.fused_experts and parameter[-1] == "experts_gate_up_proj"
+    return Placement(names, shape[: len(leading)], part, (part[0], part[1] * part[2], part[3]) if fused else part)
+
+
+def carried_tensors(names: Iterable[str], config: ModelConfig) -> list[str]:
+    """Those tensors of a checkpoint, sorted, that a decoder of this family leaves out and an export carries over unchanged."""
+    return sorted(name for name in names if name.startswith(_CARRIED_TENSORS.get(config.family, ("\0",))))
+
+
+def _prefix(family: str) -> str:
+    return NAME_TABLES[family]["final_norm"].removesuffix("norm.weight")
 
 
 def read_config(source: Source) -> ModelConfig:
     """Config of the checkpoint at `source`; stop tokens of `generation_config.json` are added to those of the config."""
     config = ModelConfig.from_hf(read_json(source.path("config.json")))
+    if "moe" in config.feed_forwards and config.family in _CARRIED_TENSORS:
+        config = replace(config, fused_experts=any(name.endswith(".mlp.experts.gate_up_proj") for name in _entries(source)))
     if not source.has("generation_config.json"):
         return config
     eos = read_json(source.path("generation_config.json")).get("eos_token_id")
@@ -118,11 +164,11 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
     expected = {name for place in plan for name in place.names}
     if missing := sorted(expected - set(entries)):
         raise SourceError(f"{source.name}: {len(missing)} tensors are missing, first {missing[0]}; a file is absent or config.json of another model")
-    if extra := sorted(set(entries) - expected):
+    if extra := sorted(set(entries) - expected - set(carried_tensors(entries, config))):
         raise ArchitectureError(f"{source.name}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; none is ignored")
     for place in plan:
         for name in place.names:
-            _check(source, entries[name], place.shape)
+            _check(source, entries[name], place.disk_shape)
 
     def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], Placement]) -> jax.Array:
         (path, leaf), place = item
@@ -140,7 +186,8 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
 def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = None) -> None:
     """Write a Hugging Face folder: sharded safetensors, index, config, and the tokenizer files of `carry_from`.
 
-    The folder appears whole or not at all; one tensor is in host memory at a time.
+    Tensors of `carry_from` that the decoder leaves out are carried over. The folder appears whole or not at all; one tensor is in host
+    memory at a time.
 
     Raises:
         SourceError: `path` is a folder of something else, which would be lost, or cannot be written to.
@@ -152,15 +199,18 @@ def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = No
     tensors = []
     for path_, leaf in leaves:
         place = placement(path_, leaf.shape, config)
-        tensors += [_Tensor(name, place.shape, leaf, place.index(number)) for number, name in enumerate(place.names)]
+        parts = [_Part(leaf, place.index(number)) for number in range(len(place.names))]
+        tensors += [_Tensor(name, place.disk_shape, np.dtype(leaf.dtype), part) for name, part in zip(place.names, parts, strict=True)]
+    if carry_from is not None and config.family in _CARRIED_TENSORS:
+        entries = _entries(carry_from)
+        tensors += [_Tensor(name, entries[name].shape, entries[name].dtype, entries[name].read) for name in carried_tensors(entries, config)]
     tensors.sort(key=lambda tensor: tensor.name)
     with atomic_path(path, directory=True) as folder:
         shards = _shards(tensors)
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            plan = [(tensor.name, tensor.shape, np.dtype(tensor.array.dtype)) for tensor in shard]
-            write_file(folder / file, plan, (np.asarray(tensor.array[tensor.index] if tensor.index else tensor.array) for tensor in shard))
+            write_file(folder / file, [(tensor.name, tensor.shape, tensor.dtype) for tensor in shard], (tensor.read() for tensor in shard))
             weight_map |= {tensor.name: file for tensor in shard}
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors)
@@ -231,16 +281,27 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor to write: a part of an array."""
+    """One tensor to write, read when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
-    array: Any
-    index: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.array.dtype.itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of an array on the devices, brought to the host when called."""
+
+    array: Any
+    index: tuple[int, ...]
+
+    def __call__(self) -> np.ndarray:
+        return np.asarray(self.array[self.index] if self.index else self.array)
 
 
 def _shards(tensors: list[_Tensor]) -> list[list[_Tensor]]:

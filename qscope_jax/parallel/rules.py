@@ -23,6 +23,7 @@ PARAMETER_RULES: dict[str, str | None] = {
     "features": "tensor",
     "stack": "fsdp",
     "model": None,
+    "single": None,
 }
 
 # Last component of a parameter's path -> logical names of its trailing dimensions. Leading ones are stacked layers.
@@ -44,9 +45,22 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "up_proj": ("hidden", "embed"),
     "down_proj": ("embed", "hidden"),
     "router": ("experts", "embed"),
-    "experts_gate_proj": ("experts", "hidden", "embed"),
-    "experts_up_proj": ("experts", "hidden", "embed"),
+    "experts_gate_up_proj": ("experts", "single", "hidden", "embed"),
     "experts_down_proj": ("experts", "embed", "hidden"),
+    "shared_gate_proj": ("hidden", "embed"),
+    "shared_up_proj": ("hidden", "embed"),
+    "shared_down_proj": ("embed", "hidden"),
+    "shared_gate": ("single", "embed"),
+    # Queries, keys and values lie behind each other in one array, whose equal parts would not be whole heads.
+    "in_proj_qkv": ("single", "embed"),
+    "conv1d": ("single", "single", "single"),
+    "in_proj_z": ("heads", "embed"),
+    "in_proj_b": ("heads", "embed"),
+    "in_proj_a": ("heads", "embed"),
+    "A_log": ("heads",),
+    "dt_bias": ("heads",),
+    "delta_norm": ("head",),
+    "out_proj": ("embed", "heads"),
     "W_enc": ("features", "model"),
     "W_dec": ("features", "model"),
     "b_enc": ("features",),

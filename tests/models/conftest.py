@@ -37,7 +37,22 @@ _SHAPES = {
         family="Gemma2", num_attention_heads=4, num_key_value_heads=2, head_dim=12, rope_theta=1e4, sliding_window=9, query_pre_attn_scalar=20,
         attn_logit_softcapping=3.0, final_logit_softcapping=5.0, layers=4,
     ),
+    "delta": dict(
+        family="Qwen3_5", num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=1e4, rope=dict(rope_type="default", partial_rotary_factor=0.25),
+        layers=4, full_attention_interval=2, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=8, linear_value_head_dim=12,
+    ),
+    "delta, tied, wrapped": dict(
+        family="Qwen3_5", wrapped=True, num_attention_heads=2, num_key_value_heads=1, head_dim=16, rope_theta=1e7, tie_word_embeddings=True,
+        rope=dict(rope_type="default", partial_rotary_factor=0.5, mrope_interleaved=True, mrope_section=[2, 1, 1]), layers=4,
+        linear_num_key_heads=3, linear_num_value_heads=3, linear_key_head_dim=12, linear_value_head_dim=8, linear_conv_kernel_dim=3,
+    ),
+    "delta, experts": dict(
+        family="Qwen3_5Moe", num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=1e4, layers=4, full_attention_interval=2,
+        rope=dict(rope_type="default", partial_rotary_factor=0.25), linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=28,
+    ),
 }  # fmt: skip
+_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, num_position_embeddings=16)
 LENGTH = 600
 
 
@@ -108,7 +123,7 @@ class Reference:
     @cached_property
     def tokens(self) -> np.ndarray:
         """Two rows of `LENGTH` random tokens."""
-        return np.random.default_rng(1).integers(0, self.model.config.vocab_size, (2, LENGTH)).astype(np.int32)
+        return np.random.default_rng(1).integers(0, self.model.config.get_text_config().vocab_size, (2, LENGTH)).astype(np.int32)
 
     @cached_property
     def outputs(self) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +131,8 @@ class Reference:
         import torch
 
         residuals = []
-        hooks = [layer.register_forward_hook(lambda module, inputs, output: residuals.append(output.numpy())) for layer in self.model.model.layers]
+        inner = getattr(self.model.model, "language_model", self.model.model)
+        hooks = [layer.register_forward_hook(lambda module, inputs, output: residuals.append(output.numpy())) for layer in inner.layers]
         with torch.no_grad():
             logits = self.model(torch.from_numpy(self.tokens).long()).logits.numpy()
         for hook in hooks:
@@ -145,8 +161,13 @@ def _make_reference(shape: str, folder: Path) -> Reference:
     family = settings.pop("family", "Qwen3")
     rope = {"rope_theta": settings.pop("rope_theta"), **settings.pop("rope", {"rope_type": "default"})}
     sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=settings.pop("layers", 3))
-    config = getattr(transformers, f"{family}Config")(**sizes, rope_parameters=rope, **settings)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    wrapped = settings.pop("wrapped", False)
+    name = f"{family}TextConfig" if hasattr(transformers, f"{family}TextConfig") else f"{family}Config"
+    config = getattr(transformers, name)(**sizes, rope_parameters=rope, **settings)
+    if wrapped:
+        tied = settings.get("tie_word_embeddings", False)
+        config = getattr(transformers, f"{family}Config")(text_config=config.to_dict(), vision_config=_VISION, tie_word_embeddings=tied)
+    model = getattr(transformers, f"{family}{'ForConditionalGeneration' if wrapped else 'ForCausalLM'}")(config).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         normal = torch.randn(parameter.shape, generator=generator)

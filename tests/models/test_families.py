@@ -12,7 +12,7 @@ from qscope_jax.models.cache import init_cache
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import forward, load_model
 
-FAMILIES = ["experts", "experts in some layers", "llama, scaled", "gemma"]
+FAMILIES = ["experts", "experts in some layers", "llama, scaled", "gemma", "delta", "delta, tied, wrapped", "delta, experts"]
 LENGTH = 20
 
 
