@@ -133,9 +133,7 @@ def _grouped(x_ND: Array, tokens_A: Array, counts_E: Array, gate_up_E2ID: Array,
     """XLA's grouped matrix product over assignments sorted by expert."""
 
     def product(x: Array, w: Array) -> Array:
-        numbers = jax.lax.RaggedDotDimensionNumbers(
-            (((1,), (w.ndim - 1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-        )
+        numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (w.ndim - 1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
         return jax.lax.ragged_dot_general(x, w, counts_E, numbers, precision=precision_for(x.dtype))
 
     experts, _, hidden, width = gate_up_E2ID.shape

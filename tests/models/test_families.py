@@ -40,6 +40,13 @@ def assert_close(got, expected, tolerance):
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
 
 
+def assert_gradients_close(got, expected):
+    """Within 1e-5 of each array's largest; a hundredth of the largest of all counts for arrays whose every entry is a sum that nearly cancels."""
+    least = 0.01 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.abs(np.asarray(one) - np.asarray(two)).max() <= 1e-5 * max(np.abs(two).max(), least)
+
+
 def test_padded_rows_and_packed_documents_equal_documents_alone(decoder, tokens):
     short, long = tokens[0, :8], tokens[1, :12]
     rows = np.stack([np.r_[short, long], np.r_[tokens[2, :12], short], np.r_[long, tokens[2, :8]]])
@@ -85,8 +92,7 @@ def test_remat_changes_no_gradient_and_every_weight_has_one(decoder, tokens):
     other.config = type(decoder.config)(**{**vars(decoder.config), "remat": True})
     plain, recomputed = gradient(decoder), gradient(other)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
-    for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
-        assert_close(two, one, 1e-5)
+    assert_gradients_close(recomputed, plain)
 
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2", "fsdp=2,expert=4", "data=2,tensor=4"])
@@ -99,8 +105,7 @@ def test_a_mesh_changes_neither_logits_nor_gradients(folder, decoder, tokens, me
     with jax.set_mesh(meshed.mesh):
         got, grads = run(meshed.decoder, tokens), jax.jit(jax.grad(loss))(meshed.decoder, tokens)
     assert_close(got.logits, expected.logits, 1e-5)
-    for one, two in zip(jax.tree.leaves(wanted), jax.tree.leaves(grads), strict=True):
-        assert_close(two, one, 1e-5)
+    assert_gradients_close(grads, wanted)
 
 
 @pytest.mark.parametrize("shape", FAMILIES)
