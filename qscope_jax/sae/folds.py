@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from qscope_jax.sae.arrays import SAEArrays, row_blocks
+from qscope_jax.sae.arrays import SAEArrays, decoder_rows_are_unit, row_blocks
 
 _SMALLEST_NORM = 1e-8
 
@@ -94,15 +94,14 @@ def gate_to_threshold(
     mag_bias_F: Shaped[np.ndarray, " F"],
     log_mag_scale_F: Shaped[np.ndarray, " F"],
 ) -> SAEArrays:
-    """A gated SAE as a jumprelu one with the same support: with r = exp(log_mag_scale), W_enc' = r W_enc, b_enc' = mag_bias and
-    threshold = max(0, mag_bias - r gate_bias).
+    """A gated SAE as a jumprelu one of the same support: W_enc' = r W_enc, b_enc' = mag_bias, threshold = max(0, mag_bias - r gate_bias).
 
     Args:
         arrays: The SAE; its b_enc and threshold are not looked at.
         gate_bias_F: A feature is on where u + gate_bias > 0, u being the encoder's product.
         mag_bias_F: Its magnitude is relu(r u + mag_bias).
         log_mag_scale_F: log r.
-    """  # noqa: D205
+    """
     scale_F = np.exp(log_mag_scale_F.astype(np.float64))
     threshold_F = np.maximum(0, mag_bias_F.astype(np.float64) - scale_F * gate_bias_F.astype(np.float64))
     W_enc_FD = _rows_scaled(arrays.W_enc, scale_F)
@@ -113,8 +112,8 @@ def gate_to_threshold(
 
 def _folded(arrays: SAEArrays, name: str, **changes: Any) -> SAEArrays:
     folded = dataclasses.replace(arrays, **changes)
-    unit = {"unit_norm_decoder": True} if name == "unit_decoder" else {"unit_norm_decoder": False} if name == "input_scale" else {}
-    return dataclasses.replace(folded, metadata={**arrays.metadata, **unit, "folds": [*arrays.metadata.get("folds", []), name]})
+    measured = {"unit_norm_decoder": decoder_rows_are_unit(folded.W_dec)} if "W_dec" in changes else {}
+    return dataclasses.replace(folded, metadata={**arrays.metadata, **measured, "folds": [*arrays.metadata.get("folds", []), name]})
 
 
 def _rounded(values: np.ndarray, like: np.ndarray) -> np.ndarray:
