@@ -156,7 +156,11 @@ class ResumableFolder:
 
     def _check_target(self) -> None:
         source = self._plan.get("source")
-        if isinstance(source, str) and (origin := Path(source).expanduser()).exists() and self._final in (origin.resolve(), *origin.resolve().parents):
+        if (
+            isinstance(source, str)
+            and (origin := Path(source).expanduser()).exists()
+            and self._final in (origin.resolve(), *origin.resolve().parents)
+        ):
             raise InputError(f"{self.target}: holds the source, which would be lost; choose another folder")
         if not self._final.exists() or (self._final.is_dir() and not any(self._final.iterdir())):
             return
@@ -245,7 +249,9 @@ def source_fingerprint(path: Path) -> dict[str, list[int]]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
     found = {file.relative_to(path).as_posix(): file.stat() for file in files}
     return {
-        name: [facts.st_size, facts.st_mtime_ns] for name, facts in found.items() if not any(part.startswith(".") for part in PurePosixPath(name).parts)
+        name: [facts.st_size, facts.st_mtime_ns]
+        for name, facts in found.items()
+        if not any(part.startswith(".") for part in PurePosixPath(name).parts)
     }
 
 

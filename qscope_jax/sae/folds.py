@@ -105,9 +105,7 @@ def gate_to_threshold(
     scale_F = np.exp(log_mag_scale_F.astype(np.float64))
     threshold_F = np.maximum(0, mag_bias_F.astype(np.float64) - scale_F * gate_bias_F.astype(np.float64))
     W_enc_FD = _rows_scaled(arrays.W_enc, scale_F)
-    return _folded(
-        arrays, "gate_to_threshold", W_enc=W_enc_FD, b_enc=mag_bias_F, threshold=_rounded(threshold_F, mag_bias_F), activation="jumprelu"
-    )
+    return _folded(arrays, "gate_to_threshold", W_enc=W_enc_FD, b_enc=mag_bias_F, threshold=_rounded(threshold_F, mag_bias_F), activation="jumprelu")
 
 
 def _folded(arrays: SAEArrays, name: str, **changes: Any) -> SAEArrays:

@@ -170,7 +170,9 @@ def _read(path: Path, trainer: Mapping[str, Any], given: Given, origin: Provenan
     found = kind.layout.take(content, where)
     arrays, scalar = _arrays(found, kind, trainer, given, origin, where), found.get("scalar_threshold")
     if kind.selection == "scalar" and scalar is not None and scalar < 0:
-        raise ArchitectureError(f"{where}: its threshold was never set (the run was too short); train on, or read it as a TopK SAE with its config's k")
+        raise ArchitectureError(
+            f"{where}: its threshold was never set (the run was too short); train on, or read it as a TopK SAE with its config's k"
+        )
     return arrays if factor is None else input_scale_into_biases(arrays, 1 / factor)
 
 
@@ -191,14 +193,12 @@ def _class_of(tensors: Mapping[str, np.ndarray], trainer: Mapping[str, Any], giv
         return fitting[0]
     if given.activation is None:
         raise InputError(
-            f"{where}: fits {' and '.join(fitting)} alike and has no {CONFIG_FILE}; give activation topk or batch_topk (--activation), or add the config"
+            f"{where}: fits {' and '.join(fitting)} alike and has no {CONFIG_FILE}; give activation topk or batch_topk, or add the config"
         )
     return _BY_ACTIVATION[given.activation]
 
 
-def _arrays(
-    found: dict[str, np.ndarray], kind: Kind, trainer: Mapping[str, Any], given: Given, origin: Provenance, where: str
-) -> SAEArrays:
+def _arrays(found: dict[str, np.ndarray], kind: Kind, trainer: Mapping[str, Any], given: Given, origin: Provenance, where: str) -> SAEArrays:
     F, flag = found["W_enc"].shape[0], kind.apply_b_dec_to_input
     stored = int(found["k"]) if "k" in found else trainer.get("k")
     k = given.k if given.k is not None else stored if type(stored) is int else None

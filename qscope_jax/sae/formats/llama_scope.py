@@ -79,7 +79,7 @@ def read_folder_r1(source: Source, prefix: str, given: Given) -> SAEArrays:
     found = LLAMA_SCOPE_R1.take(map_safetensors(path), where)
     if given.input_norm is None:
         raise InputError(
-            f"{where}: does not say by which mean activation norm its input was scaled; measure it on the model's layer and give input_norm (--input-norm)"
+            f"{where}: does not say by which mean activation norm its input was scaled; measure it on the model's layer and give input_norm"
         )
     scale = math.sqrt(found["W_enc"].shape[1]) / _positive(given.input_norm, "input_norm", where)
     origin = _provenance("llama_scope_r1", source, prefix, config)

@@ -20,7 +20,7 @@ def write_orbax(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
     with _quiet():
         try:
-            ocp.save(path.absolute(), {name: np.ascontiguousarray(array) for name, array in tensors.items()})
+            ocp.save(str(path.absolute()), {name: np.ascontiguousarray(array) for name, array in tensors.items()})
         except OSError:
             raise
         except Exception as error:  # TensorStore reports its failures as ValueError, with the system's words inside
@@ -37,7 +37,7 @@ def read_orbax(path: Path) -> dict[str, np.ndarray]:
 
     with _quiet():
         try:
-            restored = ocp.load(path.absolute())
+            restored = ocp.load(str(path.absolute()))
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
             raise SourceError(f"{path}: is not a complete Orbax checkpoint ({_first_line(error)}); write it again") from error
     if not isinstance(restored, dict):

@@ -12,7 +12,7 @@ from pathlib import PurePath
 import numpy as np
 
 from qscope_jax.data.hub import Source
-from qscope_jax.errors import ArchitectureError, InputError, ShapeError, SourceError
+from qscope_jax.errors import ArchitectureError, InputError, ShapeError
 from qscope_jax.sae.arrays import SAEArrays, check_floating
 from qscope_jax.sae.formats.layout import Layout, Provenance, top_k_arrays
 from qscope_jax.sae.formats.source_files import source_files

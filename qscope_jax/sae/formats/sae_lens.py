@@ -184,7 +184,9 @@ def _refuse_unsupported(cfg: Mapping[str, Any], where: str) -> None:
     if architecture == "standard" and fn != "relu":
         raise ArchitectureError(f"{where}: activation function {fn!r} is not supported; a standard SAE has relu")
     if cfg["reshape_activations"] != "none":
-        raise ArchitectureError(f"{where}: reads attention heads (reshape_activations {cfg['reshape_activations']!r}); only the residual stream is read")
+        raise ArchitectureError(
+            f"{where}: reads attention heads (reshape_activations {cfg['reshape_activations']!r}); only the residual stream is read"
+        )
     if norm not in ("none", "expected_average_only_in", "covariance_whitening"):  # whitening is folded into the weights when they are saved
         raise ArchitectureError(f"{where}: normalises its input token by token ({norm}), which no linear encoder can hold; use SAELens for it")
 

@@ -32,7 +32,11 @@ _NOT_READ: tuple[tuple[str, frozenset[str], str], ...] = (
         "it normalises each token's mean and variance, which no linear encoder can hold",
     ),
     ("saex", frozenset({"W_enc", "W_dec", "mean_norm"}), "its input scale is not folded; export it to SAELens with saex"),
-    ("sparsify", frozenset({"encoder.weight", "encoder.bias", "W_dec", "b_dec"}), "k is in its cfg.json; put that beside it and call it sae.safetensors"),
+    (
+        "sparsify",
+        frozenset({"encoder.weight", "encoder.bias", "W_dec", "b_dec"}),
+        "k is in its cfg.json; put that beside it and call it sae.safetensors",
+    ),
     ("Llama Scope R1", frozenset({"encoder.weight", "log_jumprelu_threshold"}), "put its config.json beside it"),
     (
         "Llama Scope",

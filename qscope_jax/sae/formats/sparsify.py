@@ -42,7 +42,9 @@ def read_folder(source: Source, prefix: str, given: Given) -> SAEArrays:
     found = LAYOUT.take(map_safetensors(path), where)
     d_in = cfg.get("d_in", found["W_enc"].shape[1])
     if d_in != found["W_enc"].shape[1]:
-        raise SourceError(f"{where}: encoder.weight is {found['W_enc'].shape[1]} wide, {CONFIG_FILE} says d_in {d_in}; the files do not belong together")
+        raise SourceError(
+            f"{where}: encoder.weight is {found['W_enc'].shape[1]} wide, {CONFIG_FILE} says d_in {d_in}; the files do not belong together"
+        )
     return top_k_arrays(found, k, True, Provenance("sparsify", source.name, layer_of(source, prefix)), where)
 
 
