@@ -40,8 +40,7 @@ def read_folder(source: Source, prefix: str, given: Given) -> SAEArrays:
         ArchitectureError: it is an SAE of embeddings.
         InputError, ShapeError, SourceError: the file is damaged or holds something else.
     """
-    full = prefix or f"{source.folder.resolve()}/" if source.folder else prefix
-    return read_file(source.path(prefix + WEIGHTS_FILE), given, full, source.name)
+    return read_file(source.path(prefix + WEIGHTS_FILE), given, _folders(source, prefix), source.name)
 
 
 def read_file(path: Path, given: Given, prefix: str | None = None, origin: str | None = None) -> SAEArrays:
@@ -77,13 +76,18 @@ def read_folder_2(source: Source, prefix: str, given: Given) -> SAEArrays:
     if exit_ not in (None, entry):
         raise ArchitectureError(f"{path}: is a transcoder from {entry} to {exit_}; only SAEs, which rebuild their input, are read")
     layer = layer_of(source, prefix)
-    origin = Provenance("gemma_scope_2", source.name, layer, config.get("model_name"), entry, _l0(prefix))
+    origin = Provenance("gemma_scope_2", source.name, layer, config.get("model_name"), entry, _l0(_folders(source, prefix)))
     return _arrays(map_safetensors(path), given, origin, str(path))
 
 
 def layer_of(source: Source, prefix: str) -> int | None:
     """The 0-based layer in the names of the folders; None where they have none."""
-    return _number(_LAYER, prefix or f"{source.folder.resolve() if source.folder else ''}")
+    return _number(_LAYER, _folders(source, prefix))
+
+
+def _folders(source: Source, prefix: str) -> str:
+    """The names of the folders around an SAE, also of those that the user went into."""
+    return f"{source.folder.resolve()}/{prefix}" if source.folder else prefix
 
 
 def _arrays(found: dict[str, np.ndarray], given: Given, origin: Provenance, where: str) -> SAEArrays:

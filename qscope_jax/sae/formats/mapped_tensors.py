@@ -1,6 +1,7 @@
 """The tensors of a safetensors file as views of one memory map, and of an npz file as arrays."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +43,17 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         UnsafeFileError: it holds Python objects, or far more arrays than an SAE has.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise SourceError(f"{path}: holds one array, expected an npz archive of named ones")
-            if len(archive.files) > _MAX_NPZ_ENTRIES:
-                raise UnsafeFileError(f"{path}: holds {len(archive.files)} arrays, far more than an SAE has; refusing to read it")
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if len(names) > _MAX_NPZ_ENTRIES:
+                raise UnsafeFileError(f"{path}: holds {len(names)} arrays, far more than an SAE has; refusing to read it")
+            return {name.removesuffix(".npy"): _array(archive, name) for name in names}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         if "allow_pickle" in str(error):
             raise UnsafeFileError(f"{path}: holds Python objects, which are never unpickled; nothing was executed") from error
         raise SourceError(f"{path}: is not a valid npz file ({error}); it is truncated or damaged, download it again") from error
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as entry:
+        return np.lib.format.read_array(entry, allow_pickle=False)
