@@ -20,7 +20,7 @@ class Comparison:
 
     Attributes:
         tokens: How many there were.
-        moved: Tokens whose sets of active features differ, features within rounding of the edge of the selection aside.
+        moved: Tokens whose sets of active features differ, features within rounding of the edge of both selections aside.
         ties: Tokens whose sets differ by such features only.
         worst_error: Largest relative difference of reconstructions, among tokens with equal sets.
         error: The same over all tokens, on average.
@@ -57,7 +57,7 @@ def compare_codes(one: SAEArrays, other: SAEArrays, tokens: int = 256, seed: int
     x_ND = sample_tokens(one, tokens, seed)
     (active_NF, unsure_NF, xhat_ND), (other_NF, other_unsure_NF, other_xhat_ND) = _coded(one, x_ND), _coded(other, x_ND)
     differ_NF = active_NF != other_NF
-    moved_N = (differ_NF & ~(unsure_NF | other_unsure_NF)).any(axis=1)
+    moved_N = (differ_NF & ~(unsure_NF & other_unsure_NF)).any(axis=1)
     differ_N = differ_NF.any(axis=1)
     error_N = np.linalg.norm(xhat_ND - other_xhat_ND, axis=1) / np.maximum(np.linalg.norm(xhat_ND, axis=1), np.finfo(np.float64).tiny)
     worst = float(error_N[~differ_N].max(initial=0))

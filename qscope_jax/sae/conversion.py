@@ -217,10 +217,9 @@ def _verified(read: SAEArrays, fitted: SAEArrays, changes: Sequence[str], writer
     written = writer.read_back(path, layer, fitted)
     if difference := first_difference(fitted, written):
         raise SourceError(f"{where}: {difference} differs after writing; the disk or this program is at fault, convert again")
-    settings = [(sae.k, sae.activation == "topk", sae.apply_b_dec_to_input) for sae in (fitted, written)]
-    if settings[0] != settings[1]:
+    if _settings(fitted) != _settings(written):
         raise SourceError(f"{where}: k, activation or apply_b_dec_to_input differ after writing; this program is at fault")
-    if first_difference(read, fitted) is None and read.activation == fitted.activation:
+    if first_difference(read, fitted) is None and _settings(read) == _settings(fitted):
         return "read back equal to the bit"
     found = compare_codes(read, written)
     if changes:
@@ -231,6 +230,10 @@ def _verified(read: SAEArrays, fitted: SAEArrays, changes: Sequence[str], writer
             "this SAE cannot be rewritten within rounding"
         )
     return f"same features on {found.tokens} random tokens ({found.ties} with ties), reconstructions within {found.worst_error:.1e}"
+
+
+def _settings(arrays: SAEArrays) -> tuple[int, bool, bool]:
+    return arrays.k, arrays.activation == "topk", arrays.apply_b_dec_to_input
 
 
 def _check_release_name(destination: Path, arrays: SAEArrays) -> None:
