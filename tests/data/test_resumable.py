@@ -46,7 +46,9 @@ def fill(target, text="", **settings) -> list[str]:
 
 
 def tree(folder) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != MANIFEST_FILE}
+    return {
+        str(path.relative_to(folder)): path.read_text() for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != MANIFEST_FILE
+    }
 
 
 EXPECTED = {"a.txt": "a.txt", "b/inner/x": "x of b", "b/y": "y of b", "deep/c.txt": "deep/c.txt"}
@@ -64,9 +66,7 @@ def test_a_folder_appears_complete_with_a_manifest_of_its_files(tmp_path):
     assert tree(target) == EXPECTED and os.listdir(target.parent) == ["out"]
     manifest = json.loads((target / MANIFEST_FILE).read_text())
     assert manifest["plan"] == {"source": "hub/name", "to": "text", "numbers": [1, 2]} and (manifest["version"], manifest["note"]) == (1, "x")
-    assert manifest["files"] == {
-        name: {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in EXPECTED.items()
-    }
+    assert manifest["files"] == {name: {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in EXPECTED.items()}
     assert verify_manifest(target) == []
 
 

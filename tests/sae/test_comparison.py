@@ -12,7 +12,12 @@ F, D, K = 96, 32, 8
 def made(**settings) -> SAEArrays:
     rng = np.random.default_rng(0)
     W_dec = rng.standard_normal((F, D))
-    drawn = {"W_enc": 0.3 * W_dec + 0.1 * rng.standard_normal((F, D)), "W_dec": W_dec, "b_enc": rng.uniform(-1, 0, F), "b_dec": 3 * rng.standard_normal(D)}
+    drawn = {
+        "W_enc": 0.3 * W_dec + 0.1 * rng.standard_normal((F, D)),
+        "W_dec": W_dec,
+        "b_enc": rng.uniform(-1, 0, F),
+        "b_dec": 3 * rng.standard_normal(D),
+    }
     return SAEArrays(**{**{name: array.astype(np.float32) for name, array in drawn.items()}, "k": K, **settings})
 
 

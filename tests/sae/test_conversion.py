@@ -260,7 +260,9 @@ def test_a_single_file_of_unknown_layer_is_converted_when_it_is_given_one(source
     assert read_sae_arrays(tmp_path / "new", None).metadata["layer"] == 7
 
 
-@pytest.mark.parametrize("config, found", [(ConversionConfig("gguf"), "'gguf' is not written"), (ConversionConfig("orbax", dtype="int8"), "dtype is 'int8'")])
+@pytest.mark.parametrize(
+    "config, found", [(ConversionConfig("gguf"), "'gguf' is not written"), (ConversionConfig("orbax", dtype="int8"), "dtype is 'int8'")]
+)
 def test_options_that_do_not_exist_are_refused(config, found, source, tmp_path):
     with pytest.raises(InputError, match=found):
         convert(source(), tmp_path / "out", config)

@@ -62,7 +62,9 @@ def test_a_fold_is_rounded_once():
     np.testing.assert_array_equal(b_dec_out_of_input(sae).b_enc, exact.astype(np.float32))
 
 
-@pytest.mark.parametrize("dtype, expected", [(ml_dtypes.bfloat16, np.float32), (np.float16, np.float32), (np.float32, np.float32), (np.float64, np.float64)])
+@pytest.mark.parametrize(
+    "dtype, expected", [(ml_dtypes.bfloat16, np.float32), (np.float16, np.float32), (np.float32, np.float32), (np.float64, np.float64)]
+)
 def test_narrow_types_are_folded_in_float32_and_wide_ones_stay(dtype, expected, x):
     sae = made(dtype, apply_b_dec_to_input=True)
     out = b_dec_out_of_input(sae)

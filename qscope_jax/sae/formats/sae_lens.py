@@ -109,7 +109,7 @@ def write_folder(path: Path, arrays: SAEArrays) -> None:
         **known.get("sae_lens_metadata", {}),
         "sae_lens_version": VERSION,
         "model_name": known.get("model_name"),
-        "hook_name": known.get("hook_name"),
+        "hook_name": known.get("hook_name") or (None if layer is None else f"blocks.{layer}.hook_resid_post"),
         "hf_hook_name": None if layer is None else f"model.layers.{layer}",
         _OURS: {
             "layer": layer,

@@ -43,7 +43,13 @@ def published(tmp_path):
         path.mkdir(parents=True, exist_ok=True)
         torch.save(content, path / "ae.pt")
         if dict_class is not None:
-            trainer = {"dict_class": dict_class, "k": K, "layer": layer, "lm_name": "Qwen/Qwen3-1.7B-Base", "submodule_name": f"resid_post_layer_{layer}"}
+            trainer = {
+                "dict_class": dict_class,
+                "k": K,
+                "layer": layer,
+                "lm_name": "Qwen/Qwen3-1.7B-Base",
+                "submodule_name": f"resid_post_layer_{layer}",
+            }
             (path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
         return path
 

@@ -148,7 +148,9 @@ def test_a_folder_of_a_repository_is_chosen_by_its_path(offline):
 def test_saes_of_unknown_layers_are_chosen_by_folder(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        np.savez(tmp_path / name / "params.npz", w_enc=np.ones((2, 4)), w_dec=np.ones((4, 2)), b_enc=np.ones(4), b_dec=np.ones(2), threshold=np.ones(4))
+        np.savez(
+            tmp_path / name / "params.npz", w_enc=np.ones((2, 4)), w_dec=np.ones((4, 2)), b_enc=np.ones(4), b_dec=np.ones(2), threshold=np.ones(4)
+        )
     with pytest.raises(InputError, match="2 SAEs whose layers are not known; give one of its folders: one/, two/"):
         list_sae_layers(tmp_path)
     assert read_sae_arrays(tmp_path / "two", 7).metadata["hook_name"] == "blocks.7.hook_resid_post"

@@ -222,4 +222,5 @@ def test_what_is_written_is_read_back_to_the_bit(activation, flag, arrays, thres
         assert back.tensors()[name].dtype == array.dtype and back.tensors()[name].tobytes() == array.tobytes()
     assert (back.k, back.activation, back.apply_b_dec_to_input) == (K, "topk" if activation == "topk" else "jumprelu", flag)
     cfg = json.loads((tmp_path / "out" / "cfg.json").read_text())
-    assert cfg["metadata"]["hf_hook_name"] == "model.layers.3" and cfg["d_in"] == D and cfg["normalize_activations"] == "none"
+    assert cfg["metadata"]["hf_hook_name"] == "model.layers.3" and cfg["metadata"]["hook_name"] == "blocks.3.hook_resid_post"
+    assert cfg["d_in"] == D and cfg["normalize_activations"] == "none"
