@@ -110,7 +110,6 @@ class ResumableFolder:
         _check_name(name)
         temporary = self.path / _NEW / name
         try:
-            _remove(self.path / _NEW)
             temporary.parent.mkdir(parents=True)
             yield temporary
             files = {str(PurePosixPath(name, file)): facts for file, facts in _record(temporary).items()}

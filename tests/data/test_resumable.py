@@ -190,12 +190,12 @@ def test_a_link_stands_for_what_it_points_to(tmp_path):
     assert (tmp_path / "link").is_symlink() and tree(tmp_path / "real")["a.txt"] == "new a.txt"
 
 
-class FullDisk(OSError):
+class FullDiskError(OSError):
     def __init__(self):
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("error", [FullDisk(), ValueError("RESOURCE_EXHAUSTED: No space left on device [OS error 28]")])
+@pytest.mark.parametrize("error", [FullDiskError(), ValueError("RESOURCE_EXHAUSTED: No space left on device [OS error 28]")])
 def test_a_full_disk_is_one_line_and_the_same_command_resumes(error, tmp_path):
     target = tmp_path / "out"
     with pytest.raises(SourceError) as caught, opened(target) as folder:
@@ -214,14 +214,14 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(error, tmp_path):
 
 def test_a_disk_that_is_full_at_once_leaves_nothing(tmp_path):
     with pytest.raises(SourceError, match="the disk is full; nothing is left behind"), opened(tmp_path / "out") as folder, folder.unit("a.txt"):
-        raise FullDisk
+        raise FullDiskError
     assert os.listdir(tmp_path) == []
 
 
 def test_a_manifest_that_cannot_be_written_loses_one_unit(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match="the disk is full"), opened(tmp_path / "out") as folder:
         write(folder, "a.txt")
-        monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(FullDisk()))
+        monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(FullDiskError()))
         write(folder, "b")
     monkeypatch.undo()
     assert fill(tmp_path / "out") == UNITS[1:]
