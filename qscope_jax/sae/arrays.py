@@ -98,8 +98,9 @@ def check_floating(name: str, array: np.ndarray, where: str) -> None:
     """
     if array.dtype not in FLOAT_DTYPES:
         raise SourceError(f"{where}: tensor {name} is {array.dtype}, expected floating-point numbers; the file is not an SAE of the expected kind")
-    for block in row_blocks(array):
-        if not np.isfinite(array[block]).all():
+    rows = np.atleast_1d(array)
+    for block in row_blocks(rows):
+        if not np.isfinite(rows[block]).all():
             raise SourceError(f"{where}: tensor {name} holds NaN or infinite values; the file is damaged or its training diverged")
 
 

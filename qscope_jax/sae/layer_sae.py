@@ -16,7 +16,7 @@ from qscope_jax.parallel.mesh import make_mesh
 from qscope_jax.parallel.rules import parameter_sharding
 from qscope_jax.sae.arrays import SAEArrays
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
-from qscope_jax.sae.formats import list_sae_layers, read_sae_arrays
+from qscope_jax.sae.formats.registry import list_sae_layers, read_sae_arrays
 from qscope_jax.sae.layer_cache import LayerCache
 
 
@@ -105,7 +105,17 @@ class LayerSAE:
 class SAECollection:
     """The SAEs of a source, loaded layer by layer when asked for; the least recently used are let go."""
 
-    def __init__(self, source: str | Path, *, max_layers: int = 4, mesh: Mesh | None = None, k: int | None = None, revision: str | None = None):
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        max_layers: int = 4,
+        mesh: Mesh | None = None,
+        k: int | None = None,
+        activation: str | None = None,
+        input_norm: float | None = None,
+        revision: str | None = None,
+    ):
         """Open a source; nothing is loaded yet.
 
         Args:
@@ -113,11 +123,14 @@ class SAECollection:
             max_layers: Layers kept in memory at once.
             mesh: Where to put them; default one device.
             k: Active features a token, where the source does not say.
+            activation: `topk` or `batch_topk`, where the source fits both.
+            input_norm: Mean activation norm, where the format scales by it and does not store it.
             revision: Branch, tag or commit on the hub.
         """
         self.source = str(source)
         self.layers: list[int] = list_sae_layers(source, revision)
-        self._cache = LayerCache(lambda layer: load_sae(source, layer, mesh=mesh, k=k, revision=revision), max_layers)
+        given = {"k": k, "activation": activation, "input_norm": input_norm, "revision": revision}
+        self._cache = LayerCache(lambda layer: load_sae(source, layer, mesh=mesh, **given), max_layers)
 
     def __getitem__(self, layer: int) -> LayerSAE:
         """The SAE of a layer.
@@ -131,7 +144,14 @@ class SAECollection:
 
 
 def load_sae(
-    source: str | Path, layer: int | None = None, *, mesh: Mesh | None = None, k: int | None = None, revision: str | None = None
+    source: str | Path,
+    layer: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    k: int | None = None,
+    activation: str | None = None,
+    input_norm: float | None = None,
+    revision: str | None = None,
 ) -> LayerSAE:
     """Load the SAE of one layer from a folder, a file or a hub id, in any format of `qscope_jax.sae.formats`.
 
@@ -139,13 +159,15 @@ def load_sae(
         source: Where it lies.
         layer: 0-based layer; may be left out where the source holds one.
         mesh: Where to put it, features over `tensor`; default one device.
-        k: Active features a token, where the source does not say.
+        k: Active features a token, where the source does not say; with thresholds, the most kept.
+        activation: `topk` or `batch_topk`, where the source fits both.
+        input_norm: Mean activation norm, where the format scales by it and does not store it.
         revision: Branch, tag or commit on the hub.
 
     Raises:
         QscopeError: what is wrong with the source, in one line.
     """
-    arrays = read_sae_arrays(source, layer, k=k, revision=revision)
+    arrays = read_sae_arrays(source, layer, k=k, activation=activation, input_norm=input_norm, revision=revision)
     layer = arrays.metadata.get("layer") if layer is None else layer
     if layer is None:
         raise InputError(f"{source}: does not say which layer it belongs to; pass layer=")

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 import numpy as np
-from jaxtyping import Shaped
 
 from qscope_jax.data.hub import Source
-from qscope_jax.errors import ArchitectureError, InputError, ShapeError, SourceError
-from qscope_jax.sae.arrays import SAEArrays, check_floating, decoder_rows_are_unit, row_blocks
-from qscope_jax.sae.source_files import source_files
-from qscope_jax.sae.torch_file import read_torch_file, write_torch_file
+from qscope_jax.errors import ArchitectureError, InputError, ShapeError
+from qscope_jax.sae.arrays import SAEArrays, check_floating
+from qscope_jax.sae.formats.layout import Layout, Provenance, top_k_arrays
+from qscope_jax.sae.formats.source_files import source_files
+from qscope_jax.sae.formats.torch_file import read_torch_file, write_torch_file
 
 _NAME = re.compile(r"SAE-Res-(.+)-W([1-9]\d{0,5})K-L0_([1-9]\d{0,5})", re.ASCII)
 _FILE = re.compile(r"layer(0|[1-9]\d{0,3})\.sae\.pt", re.ASCII)
 
-KEYS = frozenset({"W_enc", "W_dec", "b_enc", "b_dec"})
+LAYOUT = Layout("Qwen-Scope", {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}, frozenset({"W_dec"}))
 """The tensors of a layer file, no more and no fewer."""
 
 
@@ -162,32 +162,13 @@ def read_file(
     where = str(path)
     if k is None and name is None:
         raise InputError(f"{where}: k (active features a token) is not stored in the file and its folder is not named ...-L0_<k>; give k")
-    tensors = read_torch_file(path)
-    if set(tensors) != KEYS:
-        raise SourceError(f"{where}: holds the tensors {', '.join(tensors) or 'none'}; a Qwen-Scope file has exactly {', '.join(sorted(KEYS))}")
-    _check_shapes(tensors, name, where)
-    for key, array in tensors.items():
-        check_floating(key, array, where)
-    W_dec_FD = _transposed(tensors["W_dec"])
-    arrays = SAEArrays(
-        W_enc=tensors["W_enc"],
-        W_dec=W_dec_FD,
-        b_enc=tensors["b_enc"],
-        b_dec=tensors["b_dec"],
-        k=k if k is not None else name.k if name else 0,
-        metadata={
-            "format": "qwen_scope",
-            "source": origin or where,
-            "model_name": None if name is None else _model_name(name),
-            "layer": layer,
-            "hook_name": None if layer is None else f"blocks.{layer}.hook_resid_post",
-            "dtype": tensors["W_enc"].dtype.name,
-            "unit_norm_decoder": decoder_rows_are_unit(W_dec_FD),
-            "folds": [],
-        },
-    )
-    arrays.validate(where)
-    return arrays
+    tensors = LAYOUT.take(read_torch_file(path), where)
+    if name is not None and name.num_features != len(tensors["W_enc"]):
+        raise ShapeError(
+            f"{where}: holds {len(tensors['W_enc'])} features, its folder's name says {name.num_features} (W{name.num_features // 1024}K)"
+        )
+    provenance = Provenance("qwen_scope", origin or where, layer, None if name is None else _model_name(name))
+    return top_k_arrays(tensors, k if k is not None else name.k if name else None, False, provenance, where)
 
 
 def write_layer(path: str | os.PathLike[str], arrays: SAEArrays) -> None:
@@ -208,7 +189,7 @@ def write_layer(path: str | os.PathLike[str], arrays: SAEArrays) -> None:
             f"{where}: the Qwen-Scope format holds plain top-k SAEs only, this one has activation {arrays.activation}, "
             f"apply_b_dec_to_input {arrays.apply_b_dec_to_input}, {'no' if arrays.threshold is None else 'a'} threshold; convert it first"
         )
-    tensors = {**arrays.tensors(), "W_dec": arrays.W_dec.T}
+    tensors = LAYOUT.put(arrays.tensors())
     for key, array in tensors.items():
         check_floating(key, array, where)
         if array.dtype == np.float64:
@@ -224,24 +205,3 @@ def release_of(source: Source) -> ReleaseName | None:
 def _model_name(name: ReleaseName) -> str:
     released = any(name.backbone == release.backbone for release in RELEASES)
     return f"Qwen/{name.backbone}" if released else name.backbone
-
-
-def _check_shapes(tensors: dict[str, np.ndarray], name: ReleaseName | None, where: str) -> None:
-    F, D = tensors["W_enc"].shape if tensors["W_enc"].ndim == 2 else (0, 0)
-    expected = {"W_enc": (F, D), "W_dec": (D, F), "b_enc": (F,), "b_dec": (D,)}
-    shapes = {key: tensors[key].shape for key in expected}
-    if shapes != expected or 0 in (F, D):
-        found = ", ".join(f"{key} {shape}" for key, shape in shapes.items())
-        raise ShapeError(f"{where}: found {found}; expected W_enc [F, D], W_dec [D, F], b_enc [F], b_dec [D]")
-    if name is not None and name.num_features != F:
-        raise ShapeError(f"{where}: holds {F} features, its folder's name says {name.num_features} (W{name.num_features // 1024}K)")
-
-
-def _transposed(W_dec_DF: Shaped[np.ndarray, "D F"]) -> Shaped[np.ndarray, "F D"]:
-    """The decoder with one row a feature: copied in blocks of rows, unless the file happens to hold it that way round."""
-    if W_dec_DF.T.flags.c_contiguous:
-        return W_dec_DF.T
-    W_dec_FD = np.empty(W_dec_DF.shape[::-1], W_dec_DF.dtype)
-    for block in row_blocks(W_dec_DF):
-        W_dec_FD[:, block] = W_dec_DF[block].T
-    return W_dec_FD

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from qscope_jax.data.hub import Source, open_source
 from qscope_jax.errors import ArchitectureError, InputError, ShapeError, SourceError
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.qwen_scope import RELEASES, ReleaseName, file_layer, list_layers, read_file, read_layer, write_layer
+from qscope_jax.sae.formats.qwen_scope import RELEASES, ReleaseName, file_layer, list_layers, read_file, read_layer, write_layer
 
 F, D, K = 1024, 12, 50
 NAME = f"SAE-Res-Qwen3-1.7B-Base-W1K-L0_{K}"
@@ -292,7 +292,7 @@ def test_a_snapshot_folder_given_by_path_keeps_its_name(hub_cache):
 
 def test_reading_a_layer_never_imports_torch(folder):
     code = (
-        "import sys\nfrom qscope_jax.data.hub import open_source\nfrom qscope_jax.sae import qwen_scope\n"
+        "import sys\nfrom qscope_jax.data.hub import open_source\nfrom qscope_jax.sae.formats import qwen_scope\n"
         "arrays = qwen_scope.read_layer(open_source(sys.argv[1]), 0)\nqwen_scope.write_layer(sys.argv[1] + '/layer1.sae.pt', arrays)\n"
         "assert 'torch' not in sys.modules\n"
     )

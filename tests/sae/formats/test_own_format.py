@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from qscope_jax.data.hub import open_source
 from qscope_jax.errors import ArchitectureError, InputError, QscopeError, ShapeError, SourceError
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.safetensors_format import list_layers, read_layer, write_folder
+from qscope_jax.sae.formats.own_format import list_layers, read_layer, write_folder
 
 F, D = 6, 4
 
@@ -130,7 +130,7 @@ def test_every_truncation_is_one_clear_error(folder):
 def test_a_header_longer_than_the_file_is_refused_before_it_is_read(length, folder):
     path = folder / "layer0.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    with pytest.raises(SourceError, match=f"header claims {length} bytes"):
+    with pytest.raises(SourceError, match=f"header of {length}"):
         read_layer(open_source(folder), 0)
 
 
@@ -159,7 +159,7 @@ def rewrite(folder, **changes):
     [
         ({"W_dec": np.ones((D, F), np.float32)}, ShapeError, r"W_dec has shape \(4, 6\), expected \(6, 4\)"),
         ({"b_enc": np.array([np.nan] * F, np.float32)}, SourceError, "b_enc holds NaN"),
-        ({"b_enc": np.ones(F, np.int32)}, SourceError, "b_enc is I32"),
+        ({"b_enc": np.ones(F, np.int32)}, SourceError, "b_enc is int32"),
         ({"b_enc": None}, SourceError, "expected W_dec, W_enc, b_dec, b_enc"),
         ({"extra": np.ones(1, np.float32)}, SourceError, "holds the tensors .*extra"),
         (

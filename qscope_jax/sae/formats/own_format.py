@@ -1,24 +1,21 @@
-"""Our own format: a folder with one `layer{n}.safetensors` a layer and one `sae.json` that says what the tensors mean.
+"""Our own format: a folder with the tensors of each layer and one `sae.json` that says what they mean.
 
-Each file holds W_enc [F, D], W_dec [F, D], b_enc [F], b_dec [D] and, where there is one, threshold [F], in any floating-point type.
-`sae.json` holds what all layers share (k, activation, flags, sizes), the list of layers, and the metadata of each.
+The tensors are W_enc [F, D], W_dec [F, D], b_enc [F], b_dec [D] and, where there is one, threshold [F], in any floating-point type: in one
+`layer{n}.safetensors` a layer, or as one Orbax checkpoint `layer{n}/` a layer. `sae.json` holds what all layers share (k, activation, flags,
+sizes, storage), the list of layers, and the metadata of each.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
 from qscope_jax.data.files import atomic_path, read_json, write_json
 from qscope_jax.data.hub import Source
 from qscope_jax.errors import ArchitectureError, InputError, ShapeError, SourceError
 from qscope_jax.sae.arrays import SAEArrays, check_floating
+from qscope_jax.sae.formats.mapped_tensors import map_safetensors, write_safetensors
+from qscope_jax.sae.formats.orbax_tensors import read_orbax, write_orbax
 
 CONFIG_FILE = "sae.json"
 """The file that makes a folder one of ours."""
@@ -28,8 +25,8 @@ VERSION = 1
 
 _REQUIRED = {"W_enc", "W_dec", "b_enc", "b_dec"}
 _SHARED = {"k": int, "activation": str, "apply_b_dec_to_input": bool, "num_features": int, "d_model": int}
-_MAX_HEADER_BYTES = 100_000_000
-_DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+STORAGES = {"safetensors": "layer{layer}.safetensors", "orbax": "layer{layer}"}
+"""Storage -> name of a layer's file or folder."""
 
 
 def list_layers(source: Source) -> list[int]:
@@ -46,7 +43,7 @@ def read_layer(source: Source, layer: int) -> SAEArrays:
     """Read one layer; a hub file is downloaded now, the others are left alone.
 
     Returns:
-        Read-only views of the mapped file.
+        Read-only views of the mapped file, or what Orbax restored.
 
     Raises:
         InputError: the source does not list the layer.
@@ -57,9 +54,14 @@ def read_layer(source: Source, layer: int) -> SAEArrays:
     config = _read_config(source)
     if layer not in config["layers"]:
         raise InputError(f"{source.name}: has no layer {layer}; it holds {', '.join(map(str, config['layers']))}")
-    path = source.path(f"layer{layer}.safetensors")
-    where = str(path)
-    tensors = _mapped_tensors(path)
+    name = STORAGES[config["storage"]].format(layer=layer)
+    if config["storage"] == "orbax":
+        if source.folder is None:
+            raise SourceError(f"{source.name}: holds Orbax checkpoints, which are read from a local folder; download it first")
+        where, tensors = str(source.folder / name), read_orbax(source.folder / name)
+    else:
+        path = source.path(name)
+        where, tensors = str(path), map_safetensors(path)
     if not _REQUIRED <= set(tensors) <= _REQUIRED | {"threshold"}:
         raise SourceError(f"{where}: holds the tensors {', '.join(tensors) or 'none'}; expected {', '.join(sorted(_REQUIRED))} and perhaps threshold")
     arrays = SAEArrays(
@@ -80,7 +82,7 @@ def read_layer(source: Source, layer: int) -> SAEArrays:
 
 
 def write_folder(path: str | os.PathLike[str], layers: Mapping[int, SAEArrays]) -> None:
-    """Write a folder of layers, bit-exact; it appears, or replaces an existing folder, when it is complete.
+    """Write a folder of layers as safetensors, bit-exact; it appears, or replaces an existing folder, when it is complete.
 
     Layers are taken from the mapping one at a time, so a mapping that loads lazily never holds them all.
 
@@ -96,15 +98,49 @@ def write_folder(path: str | os.PathLike[str], layers: Mapping[int, SAEArrays]) 
     where, indices = str(path), sorted(layers)
     if not indices or indices[0] < 0:
         raise InputError(f"{where}: layers are {indices}, expected at least one and none below 0")
-    shared: dict[str, Any] = {}
-    metadata: dict[str, dict[str, Any]] = {}
+    config: dict[str, Any] = {}
     with atomic_path(path, directory=True) as folder:
         for layer in indices:
-            found, metadata[str(layer)] = _write_layer(folder / f"layer{layer}.safetensors", layers[layer], f"{where}: layer {layer}")
-            shared = shared or found
-            if found != shared:
-                raise InputError(f"{where}: layer {layer} has {found}, layer {indices[0]} has {shared}; write them to separate folders")
-        write_json(folder / CONFIG_FILE, {"format": FORMAT, "version": VERSION, **shared, "layers": indices, "metadata": metadata})
+            arrays = layers[layer]
+            config = add_to_config(config, layer, arrays, "safetensors", where)
+            write_tensors(folder / STORAGES["safetensors"].format(layer=layer), arrays, "safetensors", f"{where}: layer {layer}")
+            del arrays
+        write_json(folder / CONFIG_FILE, config)
+
+
+def write_tensors(path: Path, arrays: SAEArrays, storage: str, where: str) -> None:
+    """Check the tensors of one layer and write them at `path`, bit-exact.
+
+    Raises:
+        ShapeError, ArchitectureError, InputError: the arrays do not fit each other.
+        SourceError: a tensor holds NaN or infinity, or writing failed.
+    """
+    arrays.validate(where)
+    for name, array in arrays.tensors().items():
+        check_floating(name, array, where)
+    (write_orbax if storage == "orbax" else write_safetensors)(path, arrays.tensors())
+
+
+def add_to_config(config: Mapping[str, Any], layer: int, arrays: SAEArrays, storage: str, where: str) -> dict[str, Any]:
+    """The content of `sae.json` with one more layer.
+
+    Args:
+        config: What it was; empty before the first layer.
+        layer: 0-based.
+        arrays: The layer's SAE.
+        storage: One of `STORAGES`.
+        where: What to call the folder in errors.
+
+    Raises:
+        InputError: the layer differs from the others in what they must share.
+    """
+    found = {key: getattr(arrays, key) for key in _SHARED}
+    shared = {key: config[key] for key in _SHARED} if config else found
+    if found != shared:
+        raise InputError(f"{where}: layer {layer} has {found}, layer {config['layers'][0]} has {shared}; write them to separate folders")
+    layers = sorted({*config.get("layers", []), layer})
+    metadata = {**config.get("metadata", {}), str(layer): arrays.metadata}
+    return {"format": FORMAT, "version": VERSION, "storage": storage, **shared, "layers": layers, "metadata": metadata}
 
 
 def _read_config(source: Source) -> dict[str, Any]:
@@ -116,6 +152,9 @@ def _read_config(source: Source) -> dict[str, Any]:
     version = config.get("version")
     if version != VERSION:
         raise ArchitectureError(f"{path}: format version is {version!r}, this release reads {VERSION}; upgrade qscope_jax")
+    config.setdefault("storage", "safetensors")  # files of before there was a choice
+    if config["storage"] not in STORAGES:
+        raise SourceError(f"{path}: storage is {config['storage']!r}, expected {' or '.join(STORAGES)}")
     for key, kind in {**_SHARED, "layers": list, "metadata": dict}.items():
         if type(config.get(key)) is not kind:
             raise SourceError(f"{path}: {key} is {config.get(key)!r}, expected {kind.__name__}")
@@ -125,39 +164,3 @@ def _read_config(source: Source) -> dict[str, Any]:
     if not all(isinstance(value, dict) for value in config["metadata"].values()):
         raise SourceError(f"{path}: metadata is not an object of objects, one for each layer")
     return {**config, "layers": sorted(layers)}
-
-
-def _write_layer(path: Path, arrays: SAEArrays, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Check and write the tensors of one layer; returns what it must share with the others, and its metadata."""
-    arrays.validate(where)
-    for name, array in arrays.tensors().items():
-        check_floating(name, array, where)
-    try:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.tensors().items()}, path)
-    except SafetensorError as error:
-        raise SourceError(f"{where}: cannot be written ({error}); nothing was changed there") from error
-    return {key: getattr(arrays, key) for key in _SHARED}, arrays.metadata
-
-
-def _mapped_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Views of a safetensors file. The library checks the header (types, shapes, ranges); we bound its length first and map the data."""
-    try:
-        mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise SourceError(f"{path}: cannot be read as a safetensors file ({error})") from error
-    length = int.from_bytes(bytes(mapped[:8]), "little")
-    if length > min(len(mapped) - 8, _MAX_HEADER_BYTES):
-        raise SourceError(f"{path}: its header claims {length} bytes, the file has {len(mapped)}; it is truncated or not a safetensors file")
-    try:
-        with safe_open(path, framework="numpy"):
-            header = json.loads(bytes(mapped[8 : 8 + length]))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SourceError(f"{path}: is not a valid safetensors file ({error}); it is truncated or damaged, write or download it again") from error
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise SourceError(f"{path}: tensor {name} is {entry['dtype']}, expected floating-point numbers ({', '.join(_DTYPES)})")
-        begin = 8 + length + entry["data_offsets"][0]
-        tensors[name] = np.ndarray(tuple(entry["shape"]), _DTYPES[entry["dtype"]], buffer=mapped, offset=begin)
-    return tensors

@@ -14,8 +14,8 @@ import numpy as np
 
 from qscope_jax.data.files import atomic_path
 from qscope_jax.errors import InputError, SourceError, UnsafeFileError
-from qscope_jax.sae.stored_zip import Entry, read_directory, verify_checksums
-from qscope_jax.sae.torch_pickle import STORAGES, Storage, TensorRecord, emit_pickle, parse_pickle
+from qscope_jax.sae.formats.stored_zip import Entry, read_directory, verify_checksums
+from qscope_jax.sae.formats.torch_pickle import STORAGES, Storage, TensorRecord, emit_pickle, parse_pickle
 
 _LEGACY_START = bytes.fromhex("80028a0a6cfc9c46")
 _LFS_START = b"version https://git-lfs"
@@ -40,16 +40,42 @@ def read_torch_file(path: str | os.PathLike[str], *, verify: bool = False) -> di
         UnsafeFileError: the file asks for anything but tensors, or a tensor reaches outside its storage; nothing was executed.
         SourceError: the file is missing, truncated, malformed, in the legacy format, or holds something else than a flat dict of tensors.
     """
+    content = read_torch_content(path, verify=verify)
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            raise SourceError(f"{path}: key {name!r} holds a {_kind(value)}, expected a flat dict from strings to tensors")
+    return content
+
+
+def read_torch_content(path: str | os.PathLike[str], *, verify: bool = False) -> dict[Any, Any]:
+    """Everything that a file with a dict holds: dicts, numbers and strings as they are, each tensor at the first two levels as a view.
+
+    Args:
+        path: A file written by `torch.save` (torch >= 1.6) or `write_torch_file`.
+        verify: Also read every byte once and compare checksums.
+
+    Returns:
+        The dict. Tensors deeper inside, such as an optimiser's, stay descriptions.
+
+    Raises:
+        UnsafeFileError, SourceError: as `read_torch_file`.
+    """
     where = str(path)
     mapped, entries, prefix, content = _open(where, verify)
     if not isinstance(content, dict):
         raise SourceError(f"{where}: holds a {_kind(content)}, expected a dict of tensors; save it as torch.save({{name: tensor, ...}}, path)")
-    arrays = {}
-    for name, record in content.items():
-        if not isinstance(name, str) or not isinstance(record, TensorRecord):
-            raise SourceError(f"{where}: key {name!r} holds a {_kind(record)}, expected a flat dict from strings to tensors")
-        arrays[name] = _view(record, mapped, entries.get(f"{prefix}data/{record.storage.key}"), f"{where}: tensor {name!r}")
-    return arrays
+
+    def viewed(name: str, value: Any) -> Any:
+        if not isinstance(value, TensorRecord):
+            return value
+        return _view(value, mapped, entries.get(f"{prefix}data/{value.storage.key}"), f"{where}: tensor {name!r}")
+
+    def opened(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: viewed(f"{name}.{key}", inner) for key, inner in value.items()}
+        return viewed(name, value)
+
+    return {key: opened(str(key), value) for key, value in content.items()}
 
 
 def torch_file_kinds(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -152,7 +178,7 @@ def _view(record: TensorRecord, mapped: np.memmap, entry: Entry | None, where: s
 
 
 def _kind(value: Any) -> str:
-    return "tensor" if isinstance(value, TensorRecord) else "dict" if isinstance(value, dict) else type(value).__name__
+    return "tensor" if isinstance(value, TensorRecord | np.ndarray) else "dict" if isinstance(value, dict) else type(value).__name__
 
 
 def _add(archive: zipfile.ZipFile, name: str, blocks: Iterator[Any], size: int = 0) -> None:

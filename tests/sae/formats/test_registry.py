@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 
 from qscope_jax.errors import ArchitectureError, InputError, SourceError, UnsafeFileError
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.formats import list_sae_layers, read_sae_arrays
-from qscope_jax.sae.qwen_scope import write_layer
-from qscope_jax.sae.safetensors_format import write_folder
+from qscope_jax.sae.formats.own_format import write_folder
+from qscope_jax.sae.formats.qwen_scope import write_layer
+from qscope_jax.sae.formats.registry import holds_saes, list_sae_layers, read_sae_arrays
 
 F, D = 1024, 3
 
@@ -98,7 +98,7 @@ def test_a_single_file_elsewhere_needs_k_and_may_be_told_its_layer(released, tmp
     assert read_sae_arrays(path, None, k=8).metadata["layer"] is None
     with pytest.raises(InputError, match="give k"):
         read_sae_arrays(path, 2)
-    with pytest.raises(InputError, match="does not say which layer"):
+    with pytest.raises(InputError, match="nothing there says which layer"):
         list_sae_layers(path)
 
 
@@ -112,38 +112,56 @@ def test_a_single_file_of_our_folder_is_read_with_its_config(ours):
 @pytest.mark.parametrize(
     "expected, files",
     [
-        ("SAELens", ["cfg.json", "sae_weights.safetensors"]),
-        ("sparsify", ["layers.3/cfg.json", "layers.3/sae.safetensors"]),
-        ("dictionary_learning", ["trainer_0/ae.pt"]),
-        ("Gemma Scope", ["layer_3/width_16k/average_l0_50/params.npz"]),
-        ("Llama Scope", ["hyperparams.json", "checkpoints/final.safetensors"]),
+        ("the zactheaipm/qwenscope format, which is not read because", {"config.json": '{"dict_size": 8, "k": 4}', "weights.safetensors": ""}),
+        ("a Llamascopium .dcp checkpoint, which is not read because", {"sae_weights.dcp/.metadata": ""}),
     ],
 )
-def test_folders_of_other_formats_are_refused_by_name(expected, files, tmp_path):
-    for file in files:
+def test_folders_of_formats_that_are_not_read_are_refused_by_name(expected, files, tmp_path):
+    for file, content in files.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("{}")
+        (tmp_path / file).write_text(content)
     for read in (list_sae_layers, lambda name: read_sae_arrays(name, 0)):
-        with pytest.raises(ArchitectureError, match=f"in the format of {expected}, .*Qwen-Scope"):
+        with pytest.raises(ArchitectureError, match=f"is {expected}.*; the formats read are Qwen-Scope"):
             read(tmp_path)
 
 
-def test_files_of_other_formats_are_refused_by_name(tmp_path):
-    weights = {"encoder.weight": torch.ones(4, 2), "encoder.bias": torch.ones(4), "decoder.weight": torch.ones(2, 4), "b_dec": torch.ones(2)}
-    torch.save({**weights, "k": torch.tensor(2, dtype=torch.int32)}, tmp_path / "ae.pt")
-    torch.save({"step": 3, "ae": weights, "optimizer": {"state": {0: {"step": 1.0}}}, "config": {}}, tmp_path / "checkpoint.pt")
-    save_file(
-        {"encoder.weight": np.ones((4, 2)), "encoder.bias": np.ones(4), "W_dec": np.ones((4, 2)), "b_dec": np.ones(2)}, tmp_path / "sae.safetensors"
-    )
-    (tmp_path / "params.npz").write_bytes(b"PK")
-    for file, expected in (
-        ("ae.pt", r"dictionary_learning \(TopK or BatchTopK\)"),
-        ("checkpoint.pt", "dictionary_learning, as an interrupted run"),
-        ("sae.safetensors", "sparsify"),
-        ("params.npz", "Gemma Scope"),
-    ):
-        with pytest.raises(ArchitectureError, match=f"{file}: is in the format of {expected}"):
-            read_sae_arrays(tmp_path / file, 0, k=2)
+def test_a_folder_of_a_repository_is_chosen_by_its_path(offline):
+    snapshot = cached(offline, "someone/many")
+    files = {f"layer_{layer}/width_{width}/average_l0_9/params.npz": (layer, width) for layer in (1, 4) for width in ("16k", "65k")}
+    for file in files:
+        (snapshot / file).parent.mkdir(parents=True)
+        np.savez(snapshot / file, w_enc=np.ones((2, 4)), w_dec=np.ones((4, 2)), b_enc=np.ones(4), b_dec=np.ones(2), threshold=np.ones(4))
+
+    def listed(name, revision):
+        assert (name, revision) == ("someone/many", None)
+        return list(files)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.list_repo_files", listed)
+        assert list_sae_layers("someone/many") == [1, 4]
+        assert list_sae_layers("someone/many/layer_4") == [4]
+        with pytest.raises(InputError, match="2 SAEs of layer 4; give the folder of one: layer_4/width_16k"):
+            read_sae_arrays("someone/many", 4)
+        assert read_sae_arrays("someone/many/layer_4/width_65k", None).metadata["layer"] == 4
+
+
+def test_saes_of_unknown_layers_are_chosen_by_folder(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        np.savez(
+            tmp_path / name / "params.npz", w_enc=np.ones((2, 4)), w_dec=np.ones((4, 2)), b_enc=np.ones(4), b_dec=np.ones(2), threshold=np.ones(4)
+        )
+    with pytest.raises(InputError, match="2 SAEs whose layers are not known; give one of its folders: one/, two/"):
+        list_sae_layers(tmp_path)
+    assert read_sae_arrays(tmp_path / "two", 7).metadata["hook_name"] == "blocks.7.hook_resid_post"
+    with pytest.raises(InputError, match="nothing there says which layer"):
+        list_sae_layers(tmp_path / "two")
+
+
+def test_only_folders_of_saes_count_as_such(released, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    assert holds_saes(released) and not holds_saes(tmp_path / "letters") and not holds_saes(tmp_path / "nowhere")
 
 
 def test_what_is_no_sae_is_refused_with_what_was_expected(tmp_path):
@@ -170,7 +188,7 @@ def test_hostile_and_truncated_files_stay_refused(released, tmp_path):
     with pytest.raises(UnsafeFileError, match=r"torch\.FloatMalware"):
         read_sae_arrays(released, 0)
     (tmp_path / "x.safetensors").write_bytes(bytes(20))
-    with pytest.raises(SourceError, match="not a valid safetensors file"):
+    with pytest.raises(SourceError, match="not safetensors JSON"):
         read_sae_arrays(tmp_path / "x.safetensors", 0)
 
 
