@@ -40,7 +40,7 @@ def atomic_path(path: str | os.PathLike[str], *, directory: bool = False) -> Ite
     try:
         yield temporary
         if directory and target.exists():
-            _replace_folder(temporary, target)
+            replace_folder(temporary, target)
         else:
             os.replace(temporary, target)
     except OSError as error:
@@ -86,7 +86,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def _replace_folder(temporary: Path, target: Path) -> None:
+def replace_folder(temporary: Path, target: Path) -> None:
     """Rename `temporary` to `target`, a full folder; should that fail, the old folder is back in its place."""
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     try:

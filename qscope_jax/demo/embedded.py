@@ -11,7 +11,7 @@ from qscope_jax.demo.corpus import documents
 from qscope_jax.errors import SourceError
 from qscope_jax.models.language_model import LanguageModel, load_model
 from qscope_jax.sae.layer_sae import LayerSAE
-from qscope_jax.sae.safetensors_format import write_folder
+from qscope_jax.sae.formats.own_format import write_folder
 from qscope_jax.training.activations import ActivationConfig
 from qscope_jax.training.loop import LoopConfig, train
 from qscope_jax.training.sae import SAEConfig, SAETraining

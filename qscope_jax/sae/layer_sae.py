@@ -16,7 +16,7 @@ from qscope_jax.parallel.mesh import make_mesh
 from qscope_jax.parallel.rules import parameter_sharding
 from qscope_jax.sae.arrays import SAEArrays
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
-from qscope_jax.sae.formats import list_sae_layers, read_sae_arrays
+from qscope_jax.sae.formats.registry import list_sae_layers, read_sae_arrays
 from qscope_jax.sae.layer_cache import LayerCache
 
 

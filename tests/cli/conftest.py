@@ -15,7 +15,7 @@ from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.weights import save_decoder
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.safetensors_format import write_folder
+from qscope_jax.sae.formats.own_format import write_folder
 
 SENTENCE = "My grandmother made tea in the garden. 奶奶在花园里泡茶。 "
 WIDTH, FEATURES, LAYERS = 16, 40, 3

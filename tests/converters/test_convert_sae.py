@@ -10,7 +10,7 @@ from qscope_jax.data.hub import open_source
 from qscope_jax.errors import ArchitectureError, InputError, SourceError
 from qscope_jax.sae import qwen_scope, safetensors_format
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.formats import list_sae_layers, read_sae_arrays
+from qscope_jax.sae.formats.registry import list_sae_layers, read_sae_arrays
 
 F, D, K = 1024, 3, 50
 RELEASED = f"SAE-Res-Toy-Base-W1K-L0_{K}"

@@ -4,7 +4,7 @@ import pytest
 
 from qscope_jax.data.hub import open_source
 from qscope_jax.sae.foreign_formats import foreign_folder, foreign_tensors
-from qscope_jax.sae.source_files import source_files
+from qscope_jax.sae.formats.source_files import source_files
 
 FOLDERS = [
     ("SAELens", {"cfg.json": {}, "sae_weights.safetensors": None}),

@@ -7,8 +7,8 @@ from qscope_jax.parallel.mesh import make_mesh
 from qscope_jax.sae import layer_sae
 from qscope_jax.sae.arrays import SAEArrays
 from qscope_jax.sae.layer_sae import SAECollection, from_arrays, load_sae
-from qscope_jax.sae.qwen_scope import write_layer
-from qscope_jax.sae.safetensors_format import write_folder
+from qscope_jax.sae.formats.qwen_scope import write_layer
+from qscope_jax.sae.formats.own_format import write_folder
 
 F, D, K = 1024, 12, 5
 LAYERS = (0, 1, 3)

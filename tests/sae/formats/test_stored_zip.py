@@ -5,7 +5,7 @@ import zipfile
 import pytest
 
 from qscope_jax.errors import SourceError, UnsafeFileError
-from qscope_jax.sae.stored_zip import MAX_ENTRIES, read_directory, verify_checksums
+from qscope_jax.sae.formats.stored_zip import MAX_ENTRIES, read_directory, verify_checksums
 
 FILES = {"a/one": b"first", "a/two": b"", "a/three": bytes(range(200))}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qscope_jax.errors import QscopeError, SourceError, UnsafeFileError
-from qscope_jax.sae.torch_pickle import STORAGES, Storage, TensorRecord, emit_pickle, parse_pickle
+from qscope_jax.sae.formats.torch_pickle import STORAGES, Storage, TensorRecord, emit_pickle, parse_pickle
 
 START = b"\x80\x02"
 FLOAT = b"ctorch\nFloatStorage\n"

@@ -14,8 +14,8 @@ import numpy as np
 
 from qscope_jax.data.files import atomic_path
 from qscope_jax.errors import InputError, SourceError, UnsafeFileError
-from qscope_jax.sae.stored_zip import Entry, read_directory, verify_checksums
-from qscope_jax.sae.torch_pickle import STORAGES, Storage, TensorRecord, emit_pickle, parse_pickle
+from qscope_jax.sae.formats.stored_zip import Entry, read_directory, verify_checksums
+from qscope_jax.sae.formats.torch_pickle import STORAGES, Storage, TensorRecord, emit_pickle, parse_pickle
 
 _LEGACY_START = bytes.fromhex("80028a0a6cfc9c46")
 _LFS_START = b"version https://git-lfs"

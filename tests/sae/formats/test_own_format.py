@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from qscope_jax.data.hub import open_source
 from qscope_jax.errors import ArchitectureError, InputError, QscopeError, ShapeError, SourceError
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.safetensors_format import list_layers, read_layer, write_folder
+from qscope_jax.sae.formats.own_format import list_layers, read_layer, write_folder
 
 F, D = 6, 4
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from qscope_jax.errors import InputError, QscopeError, SourceError, UnsafeFileError
-from qscope_jax.sae.torch_file import read_torch_file, torch_file_kinds, write_torch_file
-from qscope_jax.sae.torch_pickle import STORAGES, Storage, TensorRecord, emit_pickle
+from qscope_jax.sae.formats.torch_file import read_torch_file, torch_file_kinds, write_torch_file
+from qscope_jax.sae.formats.torch_pickle import STORAGES, Storage, TensorRecord, emit_pickle
 
 GENERATOR = np.random.default_rng(0)
 
@@ -136,14 +136,14 @@ def test_the_same_tensors_give_the_same_bytes_under_any_name(tmp_path):
 
 
 def test_strided_arrays_larger_than_a_block_are_written_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("qscope_jax.sae.torch_file._WRITE_BLOCK_BYTES", 100)
+    monkeypatch.setattr("qscope_jax.sae.formats.torch_file._WRITE_BLOCK_BYTES", 100)
     array = numbers(70, 9).T
     write_torch_file(tmp_path / "x.pt", {"w": array})
     np.testing.assert_array_equal(read_torch_file(tmp_path / "x.pt", verify=True)["w"], array)
 
 
 def test_entries_beyond_32_bit_sizes_are_written_as_zip64(tmp_path, monkeypatch):
-    monkeypatch.setattr("qscope_jax.sae.torch_file._ZIP64_BYTES", 500)
+    monkeypatch.setattr("qscope_jax.sae.formats.torch_file._ZIP64_BYTES", 500)
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 700)
     array = numbers(30, 9)
     write_torch_file(tmp_path / "x.pt", {"w": array, "b": array[0]})
@@ -381,7 +381,7 @@ def test_flipped_bytes_are_refused_or_change_nothing(tmp_path):
 def test_neither_import_nor_reading_nor_writing_imports_torch(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
     code = (
-        "import sys\nfrom qscope_jax.sae.torch_file import read_torch_file, write_torch_file\n"
+        "import sys\nfrom qscope_jax.sae.formats.torch_file import read_torch_file, write_torch_file\n"
         "write_torch_file(sys.argv[2], read_torch_file(sys.argv[1], verify=True))\nassert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "x.pt", tmp_path / "y.pt"], check=True, timeout=60)

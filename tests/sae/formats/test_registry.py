@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 
 from qscope_jax.errors import ArchitectureError, InputError, SourceError, UnsafeFileError
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.formats import list_sae_layers, read_sae_arrays
-from qscope_jax.sae.qwen_scope import write_layer
-from qscope_jax.sae.safetensors_format import write_folder
+from qscope_jax.sae.formats.registry import list_sae_layers, read_sae_arrays
+from qscope_jax.sae.formats.qwen_scope import write_layer
+from qscope_jax.sae.formats.own_format import write_folder
 
 F, D = 1024, 3
 

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from qscope_jax.data.hub import Source, open_source
 from qscope_jax.errors import ArchitectureError, InputError, ShapeError, SourceError
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.qwen_scope import RELEASES, ReleaseName, file_layer, list_layers, read_file, read_layer, write_layer
+from qscope_jax.sae.formats.qwen_scope import RELEASES, ReleaseName, file_layer, list_layers, read_file, read_layer, write_layer
 
 F, D, K = 1024, 12, 50
 NAME = f"SAE-Res-Qwen3-1.7B-Base-W1K-L0_{K}"

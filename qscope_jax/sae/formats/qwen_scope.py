@@ -15,8 +15,8 @@ from jaxtyping import Shaped
 from qscope_jax.data.hub import Source
 from qscope_jax.errors import ArchitectureError, InputError, ShapeError, SourceError
 from qscope_jax.sae.arrays import SAEArrays, check_floating, decoder_rows_are_unit, row_blocks
-from qscope_jax.sae.source_files import source_files
-from qscope_jax.sae.torch_file import read_torch_file, write_torch_file
+from qscope_jax.sae.formats.source_files import source_files
+from qscope_jax.sae.formats.torch_file import read_torch_file, write_torch_file
 
 _NAME = re.compile(r"SAE-Res-(.+)-W([1-9]\d{0,5})K-L0_([1-9]\d{0,5})", re.ASCII)
 _FILE = re.compile(r"layer(0|[1-9]\d{0,3})\.sae\.pt", re.ASCII)

@@ -15,8 +15,8 @@ from qscope_jax.errors import ArchitectureError, InputError, SourceError
 from qscope_jax.sae import qwen_scope, safetensors_format
 from qscope_jax.sae.arrays import SAEArrays
 from qscope_jax.sae.foreign_formats import foreign_folder, foreign_tensors
-from qscope_jax.sae.source_files import source_files
-from qscope_jax.sae.torch_file import torch_file_kinds
+from qscope_jax.sae.formats.source_files import source_files
+from qscope_jax.sae.formats.torch_file import torch_file_kinds
 
 _SUPPORTED = "Qwen-Scope (layer<n>.sae.pt) and qscope_jax (sae.json with layer<n>.safetensors)"
 _FOREIGN_SUFFIXES = {".npz": "Gemma Scope"}

@@ -3,7 +3,7 @@ from huggingface_hub import constants
 
 from qscope_jax.data.hub import Source, open_source
 from qscope_jax.errors import SourceError
-from qscope_jax.sae.source_files import source_files
+from qscope_jax.sae.formats.source_files import source_files
 
 
 def test_a_folder_is_listed_three_folders_deep_and_without_hidden_folders(tmp_path):
