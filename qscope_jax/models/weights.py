@@ -1,12 +1,12 @@
 """Hugging Face checkpoints: one invertible table of names, read and written by streaming slices."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +46,11 @@ _GEMMA2 = _LLAMA | {
     "layers.feed_forward_output_norm": "model.layers.{layer}.post_feedforward_layernorm.weight",
 }
 NAME_TABLES: dict[str, dict[str, str]] = {"gemma2": _GEMMA2, "llama": _LLAMA, "qwen3": _QWEN3, "qwen3_moe": _QWEN3_MOE}
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 _SHARD_BYTES = 5_000_000_000
-_CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
-            "chat_template.jinja", "generation_config.json")  # fmt: skip
+CARRIED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
+                 "chat_template.jinja", "generation_config.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Placement:
 
 def placement(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> Placement:
     """Placement of the leaf with a key path and shape of a decoder of `config`."""
-    pattern = NAME_TABLES[config.family][".".join(_parameter(path))]
+    pattern = NAME_TABLES[config.family][".".join(parameter_path(path))]
     leading = ("{layer}" in pattern) + ("{expert}" in pattern)
     if not leading:
         return Placement((pattern,), (), shape)
@@ -94,6 +94,55 @@ def read_config(source: Source) -> ModelConfig:
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
 
 
+def decoder_plan(config: ModelConfig) -> tuple[list[tuple[Any, jax.ShapeDtypeStruct]], Any, list[Placement]]:
+    """Key path, shape and dtype of every array of a decoder, the tree that they make up, and where each lies in a checkpoint."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: Decoder(config, jax.random.key(0))))
+    return leaves, tree, [placement(path, leaf.shape, config) for path, leaf in leaves]
+
+
+def carried_tensors(names: Iterable[str], config: ModelConfig) -> frozenset[str]:
+    """Those tensors of a checkpoint that the decoder does not read and a copy must hold all the same."""
+    return frozenset(name for name in names if config.tie_embeddings and name == "lm_head.weight")
+
+
+def check_tensors(where: str, found: Mapping[str, Any], config: ModelConfig) -> frozenset[str]:
+    """Check that a checkpoint holds what a decoder of `config` needs and nothing that it would ignore; returns the carried names.
+
+    Args:
+        where: The checkpoint's name, for messages.
+        found: Entries with `name`, `shape` and `dtype`, by name.
+        config: The checkpoint's config.
+
+    Raises:
+        SourceError: a tensor is missing.
+        ShapeError: one has another shape than the config demands.
+        ArchitectureError: one has no place in the decoder, or is quantised.
+    """
+    _, _, plan = decoder_plan(config)
+    carried = carried_tensors(found, config)
+    expected = {name for place in plan for name in place.names}
+    if missing := sorted(expected - set(found)):
+        raise SourceError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}; a file is absent or config.json of another model")
+    if extra := sorted(set(found) - expected - carried):
+        raise ArchitectureError(f"{where}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; none is ignored")
+    for place in plan:
+        for name in place.names:
+            _check(where, found[name], place.shape)
+    return carried
+
+
+def checked_entries(source: Source, config: ModelConfig) -> tuple[dict[str, TensorEntry], frozenset[str]]:
+    """Every tensor of a Hugging Face checkpoint after `check_tensors`, and the names of the carried ones."""
+    entries = _entries(source)
+    return entries, check_tensors(source.name, entries, config)
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds the values of all of them."""
+    with jax.numpy_dtype_promotion("standard"):
+        return np.dtype(reduce(jnp.promote_types, dtypes))
+
+
 def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: bool = False) -> Decoder:
     """Read a checkpoint's weights straight onto the mesh, each device's slices by themselves.
 
@@ -109,32 +158,60 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
         ShapeError: a tensor does not have the shape that the config demands, or is not finite.
         ArchitectureError: the checkpoint holds tensors that this decoder would ignore.
     """
-    entries = _entries(source)
-    if config.tie_embeddings:
-        entries.pop("lm_head.weight", None)
-    abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    plan = [placement(path, leaf.shape, config) for path, leaf in leaves]
-    expected = {name for place in plan for name in place.names}
-    if missing := sorted(expected - set(entries)):
-        raise SourceError(f"{source.name}: {len(missing)} tensors are missing, first {missing[0]}; a file is absent or config.json of another model")
-    if extra := sorted(set(entries) - expected):
-        raise ArchitectureError(f"{source.name}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; none is ignored")
-    for place in plan:
-        for name in place.names:
-            _check(source, entries[name], place.shape)
+    entries, _ = checked_entries(source, config)
+    leaves, tree, plan = decoder_plan(config)
 
     def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], Placement]) -> jax.Array:
         (path, leaf), place = item
-        sharding = parameter_sharding(_parameter(path)[-1], leaf.shape, mesh)
+        sharding = parameter_sharding(parameter_path(path)[-1], leaf.shape, mesh)
         parts = [entries[name] for name in place.names]
-        own = reduce(jnp.promote_types, [part.dtype for part in parts])
+        own = widest(part.dtype for part in parts)
         dtype = own if keep_dtypes and own.name in DTYPES else np.dtype(leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _read(parts, place, dtype, index))
 
     with ThreadPoolExecutor(4) as pool:
         arrays = list(pool.map(make, zip(leaves, plan, strict=True)))
     return jax.tree_util.tree_unflatten(tree, arrays)
+
+
+@dataclass(frozen=True)
+class DecoderTensor:
+    """One tensor to write: a part of an array of a decoder.
+
+    Attributes:
+        name: Its Hugging Face name.
+        shape: Its shape.
+        array: The array of the decoder.
+        index: Its place among the leading dimensions.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    array: Any
+    index: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The values, in host memory."""
+        return np.asarray(self.array[self.index] if self.index else self.array)
+
+
+def decoder_tensors(decoder: Decoder) -> list[DecoderTensor]:
+    """Every tensor of a decoder under its Hugging Face name."""
+    tensors = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(decoder)[0]:
+        place = placement(path, leaf.shape, decoder.config)
+        tensors += [DecoderTensor(name, place.shape, leaf, place.index(number)) for number, name in enumerate(place.names)]
+    return tensors
 
 
 def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = None) -> None:
@@ -148,57 +225,53 @@ def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = No
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise SourceError(f"{path}: is a folder that holds something else than a model; choose a new or empty one")
     config = decoder.config
-    leaves, _ = jax.tree_util.tree_flatten_with_path(decoder)
-    tensors = []
-    for path_, leaf in leaves:
-        place = placement(path_, leaf.shape, config)
-        tensors += [_Tensor(name, place.shape, leaf, place.index(number)) for number, name in enumerate(place.names)]
+    tensors = decoder_tensors(decoder)
     tensors.sort(key=lambda tensor: tensor.name)
     with atomic_path(path, directory=True) as folder:
-        shards = _shards(tensors)
+        shards = shards_of(tensors)
         weight_map = {}
         for number, shard in enumerate(shards, 1):
-            file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            plan = [(tensor.name, tensor.shape, np.dtype(tensor.array.dtype)) for tensor in shard]
-            write_file(folder / file, plan, (np.asarray(tensor.array[tensor.index] if tensor.index else tensor.array) for tensor in shard))
+            file = shard_name(number, len(shards))
+            plan = [(tensor.name, tensor.shape, tensor.dtype) for tensor in shard]
+            write_file(folder / file, plan, (tensor.read() for tensor in shard))
             weight_map |= {tensor.name: file for tensor in shard}
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors)
-            write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(folder / "config.json", config.to_hf())
-        for name in _CARRIED:
+        for name in CARRIED_FILES:
             if carry_from is not None and carry_from.has(name):
                 shutil.copyfile(carry_from.path(name), folder / name)
 
 
 def _entries(source: Source) -> dict[str, TensorEntry]:
     """Every tensor of the checkpoint, from its index or its single file."""
-    if not source.has(_INDEX):
-        if not source.has(_SINGLE):
-            raise SourceError(f"{source.name}: neither {_INDEX} nor {_SINGLE}; expected a Hugging Face folder with safetensors weights")
-        return read_header(source.path(_SINGLE))
-    weight_map = read_json(source.path(_INDEX)).get("weight_map")
+    if not source.has(INDEX_FILE):
+        if not source.has(SINGLE_FILE):
+            raise SourceError(f"{source.name}: neither {INDEX_FILE} nor {SINGLE_FILE}; expected a Hugging Face folder with safetensors weights")
+        return read_header(source.path(SINGLE_FILE))
+    weight_map = read_json(source.path(INDEX_FILE)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise SourceError(f"{source.name}: {_INDEX} has no weight_map of tensor names to file names; download it again")
+        raise SourceError(f"{source.name}: {INDEX_FILE} has no weight_map of tensor names to file names; download it again")
     entries: dict[str, TensorEntry] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise SourceError(f"{source.name}: {_INDEX} names the file {file!r} outside its own folder")
+            raise SourceError(f"{source.name}: {INDEX_FILE} names the file {file!r} outside its own folder")
         # A tensor that lies in two files is read from the one that the index names.
         entries |= {name: entry for name, entry in read_header(source.path(file)).items() if weight_map.get(name, file) == file}
     if lost := sorted(set(weight_map) - set(entries)):
-        raise SourceError(f"{source.name}: {_INDEX} promises tensor {lost[0]}, which is in none of the files")
+        raise SourceError(f"{source.name}: {INDEX_FILE} promises tensor {lost[0]}, which is in none of the files")
     return entries
 
 
-def _check(source: Source, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+def _check(where: str, entry: Any, shape: tuple[int, ...]) -> None:
     if entry.shape != shape:
-        raise ShapeError(f"{source.name}: tensor {entry.name} has shape {entry.shape}, config.json demands {shape}")
+        raise ShapeError(f"{where}: tensor {entry.name} has shape {entry.shape}, config.json demands {shape}")
     if not jnp.issubdtype(entry.dtype, jnp.floating):
-        raise ArchitectureError(f"{source.name}: tensor {entry.name} is of {entry.dtype}; quantised weights are not implemented")
+        raise ArchitectureError(f"{where}: tensor {entry.name} is of {entry.dtype}; quantised weights are not implemented")
 
 
-def _parameter(path: tuple[Any, ...]) -> list[str]:
+def parameter_path(path: tuple[Any, ...]) -> list[str]:
     """Attribute names of a leaf's key path, without list indices and the variable's own `value`."""
     return [key.name for key in path if getattr(key, "name", "value") != "value"]
 
@@ -229,22 +302,12 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor to write: a part of an array."""
-
-    name: str
-    shape: tuple[int, ...]
-    array: Any
-    index: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.array.dtype.itemsize
+_Sized = TypeVar("_Sized", bound=Any)
 
 
-def _shards(tensors: list[_Tensor]) -> list[list[_Tensor]]:
-    shards: list[list[_Tensor]] = [[]]
+def shards_of(tensors: Sequence[_Sized]) -> list[list[_Sized]]:
+    """Tensors (whatever has `nbytes`), in their order, in files of a size that tools and hubs take."""
+    shards: list[list[_Sized]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
@@ -253,3 +316,8 @@ def _shards(tensors: list[_Tensor]) -> list[list[_Tensor]]:
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of the shard of that number, counted from 1."""
+    return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
