@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     header("load")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(arguments.folder or _make(Path(scratch) / "model"))
+        folder = Path(arguments.folder or make_folder(Path(scratch) / "model", QWEN3_1_7B))
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
         runs: dict[str, list[tuple[float, float]]] = {"read": [], "load": []}
         for round_ in range(arguments.rounds + 1):
@@ -65,8 +66,8 @@ def main() -> None:
         print(f"peak memory of the loading process {peak:.2f} GiB, {peak - size:.2f} GiB above the folder's size; target at most 1 above")
 
 
-def _make(folder: Path) -> Path:
-    """Write random bfloat16 weights of the 1.7B shape, tensor by tensor."""
+def make_folder(folder: Path, hf_config: dict[str, Any]) -> Path:
+    """Write a Hugging Face folder of random bfloat16 weights, tensor by tensor."""
     import jax
     import ml_dtypes
 
@@ -75,7 +76,7 @@ def _make(folder: Path) -> Path:
     from qscope_jax.models.safetensors_file import write_file
     from qscope_jax.models.weights import placement
 
-    config = ModelConfig.from_hf(QWEN3_1_7B).unrolled()
+    config = ModelConfig.from_hf(hf_config).unrolled()
     abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
     rng = np.random.default_rng(0)
@@ -90,7 +91,7 @@ def _make(folder: Path) -> Path:
         write_file(folder / file, [(name, tuple(shape), bf16) for name, shape in part], data)
     weight_map = {name: file for file, part in files.items() for name, _ in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(QWEN3_1_7B))
+    (folder / "config.json").write_text(json.dumps(hf_config))
     return folder
 
 

@@ -12,6 +12,7 @@ from qscope_jax.errors import ConfigError, QscopeError
 
 VERBS = {
     "demo": "take the guided tour of the embedded model's features",
+    "models": "list the models and SAEs that there are, and their sizes",
     "generate": "continue prompts",
     "features": "show which features texts light up, and at which tokens",
     "compare": "find the features that tell two texts or files apart",

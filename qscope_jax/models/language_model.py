@@ -17,9 +17,11 @@ from qscope_jax.data.buckets import bucket_length
 from qscope_jax.data.hub import Source, open_source
 from qscope_jax.errors import InputError, SourceError
 from qscope_jax.models.config import DTYPES, ModelConfig
+from qscope_jax.models.conversion import left_out
 from qscope_jax.models.decoder import Decoder, DecoderOutput
 from qscope_jax.models.edits import Edit
 from qscope_jax.models.generation import GenerationState, decode, prefill
+from qscope_jax.models.orbax_folder import is_orbax_folder, load_orbax, save_orbax
 from qscope_jax.models.sampling import Sampler, SamplingConfig
 from qscope_jax.models.weights import load_decoder, read_config, save_decoder
 from qscope_jax.parallel.mesh import adopt_mesh, make_mesh
@@ -219,9 +221,23 @@ class LanguageModel:
             Completion(prompt, self._decode(ids, stop), tuple(ids), stop) for prompt, ids, stop in zip(prompts, _rows(state), stopped, strict=True)
         ]
 
-    def save(self, path: str | Path) -> None:
-        """Write a Hugging Face folder, weights bit for bit as they are here, with the source's tokenizer files."""
-        save_decoder(self.decoder, Path(path), carry_from=self.source)
+    def save(self, path: str | Path, format: str = "hf") -> None:
+        """Write a Hugging Face (`hf`) or Orbax (`orbax`) folder, weights bit for bit as they are here.
+
+        The source's tokenizer files, and those of its tensors that the decoder leaves out, go with them.
+
+        Raises:
+            InputError: an unknown format.
+            SourceError: `path` holds something else than a model, or cannot be written.
+        """
+        if format not in ("hf", "orbax"):
+            raise InputError(f"format {format!r} is not one that a model is saved in; expected hf or orbax")
+        save = save_orbax if format == "orbax" else save_decoder
+        save(self.decoder, Path(path), carry_from=self.source, carried=left_out(self.source, self.config))
+
+    def left_out(self) -> list[str]:
+        """Names of the source's tensors that this decoder knowingly leaves out (vision tower, multi-token prediction); a save carries them."""
+        return [tensor.name for tensor in left_out(self.source, self.config)]
 
     def _forward(self, batch: TokenBatch, edits: Sequence[Edit], layers: Sequence[int] | None, stop_after: int | None = None) -> DecoderOutput:
         self._check_edits(edits, len(batch.tokens_BT))
@@ -246,7 +262,7 @@ class LanguageModel:
 def load_model(
     source: str | Path, *, dtype: str | None = None, mesh: Mesh | str | None = None, revision: str | None = None, scan: bool | None = None
 ) -> LanguageModel:
-    """Load a model from a Hugging Face folder or a hub id.
+    """Load a model from a Hugging Face folder, an Orbax folder (see `models/orbax_folder.py`) or a hub id.
 
     Args:
         source: Folder or `owner/name`.
@@ -268,7 +284,8 @@ def load_model(
     if scan is False or (scan is None and jax.default_backend() == "cpu"):
         config = config.unrolled()
     mesh = adopt_mesh(mesh) if isinstance(mesh, Mesh) else make_mesh(mesh or "")
-    return LanguageModel(load_decoder(where, config, mesh, keep_dtypes=dtype is None), where, mesh)
+    load = load_orbax if is_orbax_folder(where) else load_decoder
+    return LanguageModel(load(where, config, mesh, keep_dtypes=dtype is None), where, mesh)
 
 
 def _rows(state: GenerationState) -> list[list[int]]:

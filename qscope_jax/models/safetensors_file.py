@@ -80,7 +80,7 @@ class TensorEntry:
     def _cast(self, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
         with np.errstate(over="ignore"):
             cast = block.astype(dtype)
-        if not _finite(cast):
+        if not all_finite(cast):
             raise ShapeError(f"{self.file}: tensor {self.name} holds values too large for {dtype.name}; load it as {self.dtype.name}, its own dtype")
         return cast
 
@@ -91,7 +91,7 @@ class TensorEntry:
             if not count:
                 raise SourceError(f"{self.file}: ends inside tensor {self.name}; the file is truncated, download it again")
             view = view[count:]
-        if not _finite(block):
+        if not all_finite(block):
             raise ShapeError(f"{self.file}: tensor {self.name} holds NaN or infinite values; the checkpoint is damaged")
 
 
@@ -172,7 +172,7 @@ _BITS: Mapping[np.dtype, tuple[type, type, int, int]] = {
 }
 
 
-def _finite(block: np.ndarray) -> bool:
+def all_finite(block: np.ndarray) -> bool:
     """Whether all values are finite, at memory speed.
 
     NaN and infinity have all exponent bits set, so they are the largest integers of either sign: two maxima over the bits decide, and no

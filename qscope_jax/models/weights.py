@@ -1,12 +1,12 @@
 """Hugging Face checkpoints: one invertible table of names, read and written by streaming slices."""
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +71,12 @@ NAME_TABLES: dict[str, dict[str, str]] = {
     "qwen3_5_moe_text": _QWEN3_5,
 }
 # Tensors that a decoder of the family knowingly leaves out: vision tower and multi-token prediction. An export carries them over.
-_CARRIED_TENSORS = {family: ("model.visual.", "mtp.") for family in NAME_TABLES if family.startswith("qwen3_5")}
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+LEFT_OUT = {family: ("model.visual.", "mtp.") for family in NAME_TABLES if family.startswith("qwen3_5")}
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 _SHARD_BYTES = 5_000_000_000
-_CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
-            "chat_template.jinja", "generation_config.json")  # fmt: skip
+CARRIED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
+                 "chat_template.jinja", "generation_config.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Placement:
 
 def placement(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig) -> Placement:
     """Placement of the leaf with a key path and shape of a decoder of `config`."""
-    parameter = _parameter(path)
+    parameter = parameter_path(path)
     pattern = NAME_TABLES[config.family][".".join(parameter)]
     if config.fused_experts and parameter[-1] in _FUSED:
         pattern = _FUSED[parameter[-1]].replace("model.", _prefix(config.family), 1)
@@ -119,25 +119,78 @@ def placement(path: tuple[Any, ...], shape: tuple[int, ...], config: ModelConfig
     return Placement(names, shape[: len(leading)], part, (part[0], part[1] * part[2], part[3]) if fused else part)
 
 
-def carried_tensors(names: Iterable[str], config: ModelConfig) -> list[str]:
-    """Those tensors of a checkpoint, sorted, that a decoder of this family leaves out and an export carries over unchanged."""
-    return sorted(name for name in names if name.startswith(_CARRIED_TENSORS.get(config.family, ("\0",))))
-
-
 def _prefix(family: str) -> str:
     return NAME_TABLES[family]["final_norm"].removesuffix("norm.weight")
+
+
+def as_stored(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """The config of a checkpoint whose tensors have these names: they alone tell how experts lie in it."""
+    return replace(config, fused_experts=any(name.endswith(".mlp.experts.gate_up_proj") for name in names))
 
 
 def read_config(source: Source) -> ModelConfig:
     """Config of the checkpoint at `source`; stop tokens of `generation_config.json` are added to those of the config."""
     config = ModelConfig.from_hf(read_json(source.path("config.json")))
-    if "moe" in config.feed_forwards and config.family in _CARRIED_TENSORS:
-        config = replace(config, fused_experts=any(name.endswith(".mlp.experts.gate_up_proj") for name in _entries(source)))
     if not source.has("generation_config.json"):
         return config
     eos = read_json(source.path("generation_config.json")).get("eos_token_id")
     extra = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
+
+
+def decoder_plan(config: ModelConfig) -> tuple[list[tuple[Any, jax.ShapeDtypeStruct]], Any, list[Placement]]:
+    """Key path, shape and dtype of every array of a decoder, the tree that they make up, and where each lies in a checkpoint."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: Decoder(config, jax.random.key(0))))
+    return leaves, tree, [placement(path, leaf.shape, config) for path, leaf in leaves]
+
+
+def carried_tensors(names: Iterable[str], config: ModelConfig) -> frozenset[str]:
+    """Those tensors of a checkpoint that the decoder does not read and a copy must hold all the same."""
+    head = {"lm_head.weight"} if config.tie_embeddings else set()
+    return frozenset(name for name in names if name in head or is_left_out(name, config))
+
+
+def is_left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is of a part that is not built here: vision tower or multi-token prediction."""
+    return name.startswith(LEFT_OUT.get(config.family, ("\0",)))
+
+
+def check_tensors(where: str, found: Mapping[str, Any], config: ModelConfig, plan: Sequence[Placement]) -> frozenset[str]:
+    """Check that a checkpoint holds what a decoder of `config` needs and nothing that it would ignore; returns the carried names.
+
+    Args:
+        where: The checkpoint's name, for messages.
+        found: Entries with `name`, `shape` and `dtype`, by name.
+        config: The checkpoint's config.
+        plan: Placements of that config's decoder.
+
+    Raises:
+        SourceError: a tensor is missing.
+        ShapeError: one has another shape than the config demands.
+        ArchitectureError: one has no place in the decoder, or is quantised.
+    """
+    carried = carried_tensors(found, config)
+    expected = {name for place in plan for name in place.names}
+    if missing := sorted(expected - set(found)):
+        raise SourceError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}; a file is absent or config.json of another model")
+    if extra := sorted(set(found) - expected - carried):
+        raise ArchitectureError(f"{where}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; none is ignored")
+    for place in plan:
+        for name in place.names:
+            _check(where, found[name], place.disk_shape)
+    return carried
+
+
+def checked_entries(source: Source, config: ModelConfig) -> tuple[dict[str, TensorEntry], frozenset[str]]:
+    """Every tensor of a Hugging Face checkpoint after `check_tensors`, and the names of the carried ones."""
+    entries = _entries(source)
+    return entries, check_tensors(source.name, entries, config, decoder_plan(config)[2])
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds the values of all of them."""
+    with jax.numpy_dtype_promotion("standard"):
+        return np.dtype(reduce(jnp.promote_types, dtypes))
 
 
 def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: bool = False) -> Decoder:
@@ -156,25 +209,14 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
         ArchitectureError: the checkpoint holds tensors that this decoder would ignore.
     """
     entries = _entries(source)
-    if config.tie_embeddings:
-        entries.pop("lm_head.weight", None)
-    abstract = jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    plan = [placement(path, leaf.shape, config) for path, leaf in leaves]
-    expected = {name for place in plan for name in place.names}
-    if missing := sorted(expected - set(entries)):
-        raise SourceError(f"{source.name}: {len(missing)} tensors are missing, first {missing[0]}; a file is absent or config.json of another model")
-    if extra := sorted(set(entries) - expected - set(carried_tensors(entries, config))):
-        raise ArchitectureError(f"{source.name}: {len(extra)} tensors have no place in a {config.family} decoder, first {extra[0]}; none is ignored")
-    for place in plan:
-        for name in place.names:
-            _check(source, entries[name], place.disk_shape)
+    leaves, tree, plan = decoder_plan(config)
+    check_tensors(source.name, entries, config, plan)
 
     def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], Placement]) -> jax.Array:
         (path, leaf), place = item
-        sharding = parameter_sharding(_parameter(path)[-1], leaf.shape, mesh)
+        sharding = parameter_sharding(parameter_path(path)[-1], leaf.shape, mesh)
         parts = [entries[name] for name in place.names]
-        own = reduce(jnp.promote_types, [part.dtype for part in parts])
+        own = widest(part.dtype for part in parts)
         dtype = own if keep_dtypes and own.name in DTYPES else np.dtype(leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: _read(parts, place, dtype, index))
 
@@ -183,11 +225,50 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
     return jax.tree_util.tree_unflatten(tree, arrays)
 
 
-def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = None) -> None:
-    """Write a Hugging Face folder: sharded safetensors, index, config, and the tokenizer files of `carry_from`.
+@dataclass(frozen=True)
+class DecoderTensor:
+    """One tensor to write: a part of an array of a decoder.
 
-    Tensors of `carry_from` that the decoder leaves out are carried over. The folder appears whole or not at all; one tensor is in host
-    memory at a time.
+    Attributes:
+        name: Its Hugging Face name.
+        shape: Its shape on disk.
+        array: The array of the decoder.
+        index: Its place among the leading dimensions.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    array: Any
+    index: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The values, in host memory."""
+        return np.asarray(self.array[self.index] if self.index else self.array).reshape(self.shape)
+
+
+def decoder_tensors(decoder: Decoder) -> list[DecoderTensor]:
+    """Every tensor of a decoder under its Hugging Face name."""
+    tensors = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(decoder)[0]:
+        place = placement(path, leaf.shape, decoder.config)
+        tensors += [DecoderTensor(name, place.disk_shape, leaf, place.index(number)) for number, name in enumerate(place.names)]
+    return tensors
+
+
+def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = None, carried: Sequence[Any] = ()) -> None:
+    """Write a Hugging Face folder: sharded safetensors, index, config, the tokenizer files of `carry_from` and the tensors `carried`.
+
+    The folder appears whole or not at all; one tensor is in host memory at a time.
 
     Raises:
         SourceError: `path` is a folder of something else, which would be lost, or cannot be written to.
@@ -195,60 +276,53 @@ def save_decoder(decoder: Decoder, path: Path, *, carry_from: Source | None = No
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise SourceError(f"{path}: is a folder that holds something else than a model; choose a new or empty one")
     config = decoder.config
-    leaves, _ = jax.tree_util.tree_flatten_with_path(decoder)
-    tensors = []
-    for path_, leaf in leaves:
-        place = placement(path_, leaf.shape, config)
-        parts = [_Part(leaf, place.index(number)) for number in range(len(place.names))]
-        tensors += [_Tensor(name, place.disk_shape, np.dtype(leaf.dtype), part) for name, part in zip(place.names, parts, strict=True)]
-    if carry_from is not None and config.family in _CARRIED_TENSORS:
-        entries = _entries(carry_from)
-        tensors += [_Tensor(name, entries[name].shape, entries[name].dtype, entries[name].read) for name in carried_tensors(entries, config)]
+    tensors = [*decoder_tensors(decoder), *carried]
     tensors.sort(key=lambda tensor: tensor.name)
     with atomic_path(path, directory=True) as folder:
-        shards = _shards(tensors)
+        shards = shards_of(tensors)
         weight_map = {}
         for number, shard in enumerate(shards, 1):
-            file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_file(folder / file, [(tensor.name, tensor.shape, tensor.dtype) for tensor in shard], (tensor.read() for tensor in shard))
+            file = shard_name(number, len(shards))
+            plan = [(tensor.name, tensor.shape, tensor.dtype) for tensor in shard]
+            write_file(folder / file, plan, (tensor.read() for tensor in shard))
             weight_map |= {tensor.name: file for tensor in shard}
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors)
-            write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(folder / "config.json", config.to_hf())
-        for name in _CARRIED:
+        for name in CARRIED_FILES:
             if carry_from is not None and carry_from.has(name):
                 shutil.copyfile(carry_from.path(name), folder / name)
 
 
 def _entries(source: Source) -> dict[str, TensorEntry]:
     """Every tensor of the checkpoint, from its index or its single file."""
-    if not source.has(_INDEX):
-        if not source.has(_SINGLE):
-            raise SourceError(f"{source.name}: neither {_INDEX} nor {_SINGLE}; expected a Hugging Face folder with safetensors weights")
-        return read_header(source.path(_SINGLE))
-    weight_map = read_json(source.path(_INDEX)).get("weight_map")
+    if not source.has(INDEX_FILE):
+        if not source.has(SINGLE_FILE):
+            raise SourceError(f"{source.name}: neither {INDEX_FILE} nor {SINGLE_FILE}; expected a Hugging Face folder with safetensors weights")
+        return read_header(source.path(SINGLE_FILE))
+    weight_map = read_json(source.path(INDEX_FILE)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise SourceError(f"{source.name}: {_INDEX} has no weight_map of tensor names to file names; download it again")
+        raise SourceError(f"{source.name}: {INDEX_FILE} has no weight_map of tensor names to file names; download it again")
     entries: dict[str, TensorEntry] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise SourceError(f"{source.name}: {_INDEX} names the file {file!r} outside its own folder")
+            raise SourceError(f"{source.name}: {INDEX_FILE} names the file {file!r} outside its own folder")
         # A tensor that lies in two files is read from the one that the index names.
         entries |= {name: entry for name, entry in read_header(source.path(file)).items() if weight_map.get(name, file) == file}
     if lost := sorted(set(weight_map) - set(entries)):
-        raise SourceError(f"{source.name}: {_INDEX} promises tensor {lost[0]}, which is in none of the files")
+        raise SourceError(f"{source.name}: {INDEX_FILE} promises tensor {lost[0]}, which is in none of the files")
     return entries
 
 
-def _check(source: Source, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+def _check(where: str, entry: Any, shape: tuple[int, ...]) -> None:
     if entry.shape != shape:
-        raise ShapeError(f"{source.name}: tensor {entry.name} has shape {entry.shape}, config.json demands {shape}")
+        raise ShapeError(f"{where}: tensor {entry.name} has shape {entry.shape}, config.json demands {shape}")
     if not jnp.issubdtype(entry.dtype, jnp.floating):
-        raise ArchitectureError(f"{source.name}: tensor {entry.name} is of {entry.dtype}; quantised weights are not implemented")
+        raise ArchitectureError(f"{where}: tensor {entry.name} is of {entry.dtype}; quantised weights are not implemented")
 
 
-def _parameter(path: tuple[Any, ...]) -> list[str]:
+def parameter_path(path: tuple[Any, ...]) -> list[str]:
     """Attribute names of a leaf's key path, without list indices and the variable's own `value`."""
     return [key.name for key in path if getattr(key, "name", "value") != "value"]
 
@@ -279,33 +353,12 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor to write, read when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+_Sized = TypeVar("_Sized", bound=Any)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of an array on the devices, brought to the host when called."""
-
-    array: Any
-    index: tuple[int, ...]
-
-    def __call__(self) -> np.ndarray:
-        return np.asarray(self.array[self.index] if self.index else self.array)
-
-
-def _shards(tensors: list[_Tensor]) -> list[list[_Tensor]]:
-    shards: list[list[_Tensor]] = [[]]
+def shards_of(tensors: Sequence[_Sized]) -> list[list[_Sized]]:
+    """Tensors (whatever has `nbytes`), in their order, in files of a size that tools and hubs take."""
+    shards: list[list[_Sized]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
@@ -314,3 +367,8 @@ def _shards(tensors: list[_Tensor]) -> list[list[_Tensor]]:
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of the shard of that number, counted from 1."""
+    return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

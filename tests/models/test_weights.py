@@ -273,7 +273,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (set_config(num_hidden_layers=4, layer_types="absent"), SourceError, "11 tensors are missing, first model.layers.3.input_layernorm"),
         (set_config(num_hidden_layers=2, layer_types="absent"), ArchitectureError, "11 tensors have no place in a qwen3 decoder"),
         (set_tensor("model.layers.0.self_attn.q_proj.bias", lambda _: np_zeros()), ArchitectureError, "first model.layers.0.self_attn.q_proj.bias"),
-        (set_config(model_type="qwen9"), ArchitectureError, "model_type is 'qwen9'; implemented: gemma2, llama, qwen3, qwen3_moe"),
+        (set_config(model_type="qwen9"), ArchitectureError, "model_type is 'qwen9'; implemented: gemma2, llama, qwen3, qwen3_5"),
         (set_config(attention_bias=True), ArchitectureError, "attention_bias=True is not implemented"),
         (set_config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), ArchitectureError, "rotary scaling .*yarn.* not implemented"),
         (set_config(use_sliding_window=True), ArchitectureError, "use_sliding_window=True is not implemented"),

@@ -1,0 +1,53 @@
+import math
+
+import jax
+import pytest
+
+from qscope_jax.models.cache import init_cache
+from qscope_jax.models.catalogue import model_size, published_sizes
+from qscope_jax.models.config import ModelConfig
+from qscope_jax.models.decoder import Decoder
+from qscope_jax.models.published import PUBLISHED
+
+# Parameters as the model cards give them, in billions.
+CARDS = {"Qwen3-1.7B": 1.7, "Qwen3-8B": 8.2, "Qwen3-30B-A3B": 30.5, "Llama-3.1-8B": 8.0, "Gemma-2-2B": 2.6, "Gemma-2-9B": 9.2}
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return published_sizes()
+
+
+def test_parameters_are_those_of_the_model_cards(sizes):
+    assert {name: round(sizes[name].parameters / 1e9, 1) for name in CARDS} == CARDS
+    assert sizes["Qwen3-1.7B"].parameters == 1_720_574_976 and sizes["Llama-3.1-8B"].parameters == 8_030_261_248
+
+
+def test_a_count_is_that_of_the_arrays(tiny_config):
+    for config in (tiny_config(), tiny_config(tie_embeddings=True, dtype="float16")):
+        size = model_size("tiny", config)
+        arrays = jax.tree.leaves(Decoder(config, jax.random.key(0)))
+        assert size.parameters == sum(math.prod(array.shape) for array in arrays) and size.bytes_bfloat16 == 2 * size.parameters
+
+
+def test_cache_bytes_are_what_another_slot_takes(tiny_config):
+    config = tiny_config(dtype="bfloat16")
+    grown, small = (sum(leaf.nbytes for leaf in jax.tree.leaves(init_cache(config, 1, slots).layers)) for slots in (64, 16))
+    size = model_size("tiny", config)
+    assert 48 * size.cache_bytes_per_token == grown - small and size.state_bytes == small - 16 * size.cache_bytes_per_token == 0
+
+
+def test_grouped_heads_make_the_cache(sizes):
+    # Keys and values of 8 heads of width 128 in 28 layers, two bytes each.
+    assert sizes["Qwen3-1.7B"].cache_bytes_per_token == 2 * 8 * 128 * 28 * 2
+
+
+def test_a_family_that_is_not_implemented_has_no_size():
+    assert published_sizes({"Mamba": {"model_type": "mamba"}, "Qwen3-8B": PUBLISHED["Qwen3-8B"]}).keys() == {"Mamba", "Qwen3-8B"}
+    assert published_sizes({"Mamba": {"model_type": "mamba"}}) == {"Mamba": None}
+
+
+def test_configs_that_are_read_are_read_whole():
+    config = ModelConfig.from_hf(PUBLISHED["Llama-3.1-8B"])
+    assert config.rope_scaling is not None and config.rope_scaling.factor == 8.0 and not config.tie_embeddings
+    assert ModelConfig.from_hf(PUBLISHED["Gemma-2-2B"]).tie_embeddings
