@@ -97,6 +97,12 @@ class ResumableFolder:
         """Whether a unit is finished, by this run or an earlier one."""
         return unit in self._units
 
+    def discard(self, unit: str) -> None:
+        """Forget a finished unit that turned out to be wrong: it will be written anew."""
+        if self._units.pop(unit, None) is not None:
+            _remove(self.path / unit)
+            self._write_manifest()
+
     @contextlib.contextmanager
     def unit(self, name: str) -> Iterator[Path]:
         """The path at which to write a file or folder `name`; recorded when the block ends, removed when it fails.

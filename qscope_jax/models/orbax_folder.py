@@ -103,7 +103,7 @@ def read_group(group: Path) -> dict[str, np.ndarray]:
     from orbax.checkpoint import v1 as ocp
 
     with _reading(group):
-        return {name: np.asarray(array) for name, array in ocp.load(group.resolve()).items()}
+        return {name: np.asarray(array) for name, array in ocp.load(str(group.resolve())).items()}
 
 
 def load_orbax(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: bool = False) -> Decoder:
@@ -188,7 +188,7 @@ def write_group(folder: ResumableFolder, group: str, arrays: Mapping[str, np.nda
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with folder.unit(f"{WEIGHTS}/{group}") as path, _quiet(), context:
-        ocp.save(path, dict(arrays))
+        ocp.save(str(path), dict(arrays))
 
 
 def write_companions(folder: ResumableFolder, config: Mapping[str, Any] | Path, carry_from: Source | None, extra: Sequence[str] = ()) -> None:
@@ -233,7 +233,7 @@ def _load_group(group: Path, entries: Sequence[OrbaxEntry], slots: Mapping[str, 
     wanted = {entry.name: jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=slots[entry.name].part_sharding)
               for entry in entries if entry.name in slots}  # fmt: skip
     with _reading(group):
-        parts = ocp.load(group.resolve(), {entry.name: wanted.get(entry.name, ocp.PLACEHOLDER) for entry in entries})
+        parts = ocp.load(str(group.resolve()), {entry.name: wanted.get(entry.name, ocp.PLACEHOLDER) for entry in entries})
     names = list(wanted)
     finite, fits = _finite([parts[name] for name in names], tuple(slots[name].dtype.name for name in names))
     for name, is_finite, does_fit in zip(names, *jax.device_get((finite, fits)), strict=True):
@@ -277,7 +277,7 @@ def _metadata(group: Path) -> dict[str, Any]:
     from orbax.checkpoint import v1 as ocp
 
     with _reading(group):
-        found = ocp.metadata(group.resolve()).metadata
+        found = ocp.metadata(str(group.resolve())).metadata
     if not isinstance(found, dict) or not all(hasattr(facts, "shape") and hasattr(facts, "dtype") for facts in found.values()):
         raise SourceError(f"{group}: holds something else than tensors by their Hugging Face names; expected a folder that this program wrote")
     return found
