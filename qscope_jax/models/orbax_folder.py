@@ -10,8 +10,10 @@ A group above `_GROUP_BYTES` goes on in `layer_00000.1` and so on, so that whoev
 """
 
 import contextlib
+import errno
 import gc
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -38,6 +40,7 @@ from qscope_jax.parallel.rules import parameter_sharding
 WEIGHTS = "weights"
 _GROUP_BYTES = 400_000_000
 _CHUNK_BYTES = 64 << 20  # what one device's slice is read in; also bounds the writer's copies
+_SPARE_BYTES = 1 << 20  # metadata of a checkpoint
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _Sized = TypeVar("_Sized", bound=Any)
 
@@ -67,6 +70,12 @@ def holds_model(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def checked_orbax_entries(source: Source, config: ModelConfig) -> tuple[dict[str, OrbaxEntry], frozenset[str]]:
+    """Every tensor of the folder after `check_tensors`, and the names of the carried ones."""
+    entries = read_entries(source)
+    return entries, check_tensors(source.name, entries, config, decoder_plan(config)[2])
+
+
 def read_entries(source: Source) -> dict[str, OrbaxEntry]:
     """Every tensor of the folder; the sizes of its files are compared with the manifest where there is one.
 
@@ -93,7 +102,7 @@ def read_group(group: Path) -> dict[str, np.ndarray]:
     from orbax.checkpoint import v1 as ocp
 
     with _reading(group):
-        return {name: np.asarray(array) for name, array in ocp.load(group.resolve()).items()}
+        return {name: np.asarray(array) for name, array in ocp.load(str(group.resolve())).items()}
 
 
 def load_orbax(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: bool = False) -> Decoder:
@@ -111,8 +120,8 @@ def load_orbax(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: 
         ArchitectureError: the folder holds tensors that this decoder would ignore.
     """
     entries = read_entries(source)
-    check_tensors(source.name, entries, config)
     leaves, tree, plan = decoder_plan(config)
+    check_tensors(source.name, entries, config, plan)
     slots: dict[str, _Slot] = {}
     for number, ((path, leaf), place) in enumerate(zip(leaves, plan, strict=True)):
         own = widest(entries[name].dtype for name in place.names)
@@ -178,7 +187,10 @@ def write_group(folder: ResumableFolder, group: str, arrays: Mapping[str, np.nda
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with folder.unit(f"{WEIGHTS}/{group}") as path, _quiet(), context:
-        ocp.save(path, dict(arrays))
+        # Asked beforehand: where a disk fills up under Orbax, threads of its libraries print pages of their own.
+        if shutil.disk_usage(path.parent).free < sum(array.nbytes for array in arrays.values()) + _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        ocp.save(str(path), dict(arrays))
 
 
 def write_companions(folder: ResumableFolder, config: Mapping[str, Any] | Path, carry_from: Source | None, extra: Sequence[str] = ()) -> None:
@@ -220,7 +232,7 @@ def _load_group(group: Path, entries: Sequence[OrbaxEntry], slots: Mapping[str, 
     wanted = {entry.name: jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=slots[entry.name].part_sharding)
               for entry in entries if entry.name in slots}  # fmt: skip
     with _reading(group):
-        parts = ocp.load(group.resolve(), {entry.name: wanted.get(entry.name, ocp.PLACEHOLDER) for entry in entries})
+        parts = ocp.load(str(group.resolve()), {entry.name: wanted.get(entry.name, ocp.PLACEHOLDER) for entry in entries})
     names = list(wanted)
     finite, fits = _finite([parts[name] for name in names], tuple(slots[name].dtype.name for name in names))
     for name, is_finite, does_fit in zip(names, *jax.device_get((finite, fits)), strict=True):
@@ -264,7 +276,7 @@ def _metadata(group: Path) -> dict[str, Any]:
     from orbax.checkpoint import v1 as ocp
 
     with _reading(group):
-        found = ocp.metadata(group.resolve()).metadata
+        found = ocp.metadata(str(group.resolve())).metadata
     if not isinstance(found, dict) or not all(hasattr(facts, "shape") and hasattr(facts, "dtype") for facts in found.values()):
         raise SourceError(f"{group}: holds something else than tensors by their Hugging Face names; expected a folder that this program wrote")
     return found
@@ -294,14 +306,16 @@ def _reading(group: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the reports of asyncio, through which Orbax runs, on the further tasks that fail when one has."""
-    logger = logging.getLogger("asyncio")
+    """Without what Orbax and asyncio, through which it runs, log on every task that fails when one has; the error itself is raised."""
+    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
     silence: Callable[[logging.LogRecord], bool] = lambda record: False  # noqa: E731
-    logger.addFilter(silence)
+    for logger in loggers:
+        logger.addFilter(silence)
     try:
         yield
     except Exception:
-        gc.collect()  # the reports are made when the tasks are collected
+        gc.collect()  # asyncio logs when the tasks are collected
         raise
     finally:
-        logger.removeFilter(silence)
+        for logger in loggers:
+            logger.removeFilter(silence)

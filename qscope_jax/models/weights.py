@@ -105,20 +105,20 @@ def carried_tensors(names: Iterable[str], config: ModelConfig) -> frozenset[str]
     return frozenset(name for name in names if config.tie_embeddings and name == "lm_head.weight")
 
 
-def check_tensors(where: str, found: Mapping[str, Any], config: ModelConfig) -> frozenset[str]:
+def check_tensors(where: str, found: Mapping[str, Any], config: ModelConfig, plan: Sequence[Placement]) -> frozenset[str]:
     """Check that a checkpoint holds what a decoder of `config` needs and nothing that it would ignore; returns the carried names.
 
     Args:
         where: The checkpoint's name, for messages.
         found: Entries with `name`, `shape` and `dtype`, by name.
         config: The checkpoint's config.
+        plan: Placements of that config's decoder.
 
     Raises:
         SourceError: a tensor is missing.
         ShapeError: one has another shape than the config demands.
         ArchitectureError: one has no place in the decoder, or is quantised.
     """
-    _, _, plan = decoder_plan(config)
     carried = carried_tensors(found, config)
     expected = {name for place in plan for name in place.names}
     if missing := sorted(expected - set(found)):
@@ -134,7 +134,7 @@ def check_tensors(where: str, found: Mapping[str, Any], config: ModelConfig) -> 
 def checked_entries(source: Source, config: ModelConfig) -> tuple[dict[str, TensorEntry], frozenset[str]]:
     """Every tensor of a Hugging Face checkpoint after `check_tensors`, and the names of the carried ones."""
     entries = _entries(source)
-    return entries, check_tensors(source.name, entries, config)
+    return entries, check_tensors(source.name, entries, config, decoder_plan(config)[2])
 
 
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
@@ -158,8 +158,9 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
         ShapeError: a tensor does not have the shape that the config demands, or is not finite.
         ArchitectureError: the checkpoint holds tensors that this decoder would ignore.
     """
-    entries, _ = checked_entries(source, config)
+    entries = _entries(source)
     leaves, tree, plan = decoder_plan(config)
+    check_tensors(source.name, entries, config, plan)
 
     def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], Placement]) -> jax.Array:
         (path, leaf), place = item
