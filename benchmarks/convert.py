@@ -22,14 +22,16 @@ _MIXTURE = {
     **QWEN3_1_7B, "model_type": "qwen3_moe", "num_hidden_layers": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 2048,
     "norm_topk_prob": True, "tie_word_embeddings": False,
 }  # fmt: skip
+# Not getrusage: its maximum is inherited from the process that started this one.
 _CONVERT = """
-import resource, sys, time
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+import re, sys, time
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before, start = peak(), time.perf_counter()
 from pathlib import Path
 from converters.convert_qwen import convert
 convert(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, time.perf_counter() - start)
+print(peak() - before, time.perf_counter() - start)
 """
 
 

@@ -59,5 +59,5 @@ def published_sizes(configs: Mapping[str, Mapping[str, Any]] = PUBLISHED) -> dic
 
 
 def _cache_bytes(config: ModelConfig, slots: int) -> int:
-    layers = jax.eval_shape(lambda: init_cache(config, 1, slots).layers)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(init_cache(config, 1, slots).layers))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,6 +1,6 @@
 """Model folders from one layout to the other, tensor by tensor: no decoder is built, and a few tensors are in memory at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,19 @@ from qscope_jax.data.hub import Source
 from qscope_jax.data.resumable import ResumableFolder, source_fingerprint, verify_manifest
 from qscope_jax.errors import InputError, QscopeError, ShapeError, SourceError
 from qscope_jax.models.config import DTYPES, ModelConfig
-from qscope_jax.models.orbax_folder import WEIGHTS, OrbaxEntry, grouped, holds_model, is_orbax_folder, read_entries, read_group, write_companions
+from qscope_jax.models.orbax_folder import (
+    WEIGHTS,
+    OrbaxEntry,
+    checked_orbax_entries,
+    grouped,
+    holds_model,
+    is_orbax_folder,
+    read_group,
+    write_companions,
+)
 from qscope_jax.models.orbax_folder import write_group as write_orbax_group
 from qscope_jax.models.safetensors_file import TensorEntry, all_finite, write_file
-from qscope_jax.models.weights import INDEX_FILE, LEFT_OUT, check_tensors, checked_entries, is_left_out, read_config, shard_name, shards_of
+from qscope_jax.models.weights import INDEX_FILE, LEFT_OUT, checked_entries, is_left_out, read_config, shard_name, shards_of
 
 Layout = Literal["orbax", "hf"]
 LAYOUTS: tuple[Layout, ...] = ("orbax", "hf")
@@ -64,12 +73,7 @@ class StoredModel:
         if dtype not in (None, *DTYPES):
             raise InputError(f"dtype {dtype!r} is not one that a model can have; expected {', '.join(DTYPES)}")
         self.source, self.config = source, read_config(source)
-        entries: Mapping[str, TensorEntry | OrbaxEntry]
-        if is_orbax_folder(source):
-            entries = read_entries(source)
-            self.carried = check_tensors(source.name, entries, self.config)
-        else:
-            entries, self.carried = checked_entries(source, self.config)
+        entries, self.carried = (checked_orbax_entries if is_orbax_folder(source) else checked_entries)(source, self.config)
         tensors = [self._tensor(entry, dtype) for _, entry in sorted(entries.items())]
         self.tensors = [tensor for group in grouped(tensors, self.carried).values() for tensor in group]
         self._group: tuple[Path, dict[str, np.ndarray]] | None = None
@@ -97,10 +101,10 @@ class StoredModel:
         return StoredTensor(entry.name, entry.shape, entry.dtype if carried or dtype is None else np.dtype(dtype), entry, carried)
 
     def _from_group(self, tensor: StoredTensor, entry: OrbaxEntry) -> np.ndarray:
-        if self._group is None or self._group[0] != entry.group:
+        if self._group is None or self._group[0] != entry.group or tensor.name not in self._group[1]:
             self._group = None  # before the next one is read
             self._group = entry.group, read_group(entry.group)
-        values = self._group[1][tensor.name]
+        values = self._group[1].pop(tensor.name)  # most are read once; what was handed out is not kept
         if not tensor.carried and not all_finite(values):
             raise ShapeError(f"{entry.group}: tensor {tensor.name} holds NaN or infinite values; the checkpoint is damaged")
         if values.dtype == tensor.dtype:

@@ -10,8 +10,10 @@ A group above `_GROUP_BYTES` goes on in `layer_00000.1` and so on, so that whoev
 """
 
 import contextlib
+import errno
 import gc
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -36,7 +38,6 @@ from qscope_jax.models.weights import (
     CARRIED_FILES,
     INDEX_FILE,
     SINGLE_FILE,
-    as_stored,
     check_tensors,
     decoder_plan,
     decoder_tensors,
@@ -48,6 +49,7 @@ from qscope_jax.parallel.rules import parameter_sharding
 WEIGHTS = "weights"
 _GROUP_BYTES = 400_000_000
 _CHUNK_BYTES = 64 << 20  # what one device's slice is read in; also bounds the writer's copies
+_SPARE_BYTES = 1 << 20  # metadata of a checkpoint
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _Sized = TypeVar("_Sized", bound=Any)
 
@@ -75,6 +77,12 @@ def is_orbax_folder(source: Source) -> bool:
 def holds_model(path: Path) -> bool:
     """Whether a folder is a model's, of either layout, so that another may take its place."""
     return (path / "config.json").is_file()
+
+
+def checked_orbax_entries(source: Source, config: ModelConfig) -> tuple[dict[str, OrbaxEntry], frozenset[str]]:
+    """Every tensor of the folder after `check_tensors`, and the names of the carried ones."""
+    entries = read_entries(source)
+    return entries, check_tensors(source.name, entries, config, decoder_plan(config, entries)[2])
 
 
 def read_entries(source: Source) -> dict[str, OrbaxEntry]:
@@ -121,8 +129,8 @@ def load_orbax(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: 
         ArchitectureError: the folder holds tensors that this decoder would ignore.
     """
     entries = read_entries(source)
-    check_tensors(source.name, entries, config)
-    leaves, tree, plan = decoder_plan(as_stored(config, entries))
+    leaves, tree, plan = decoder_plan(config, entries)
+    check_tensors(source.name, entries, config, plan)
     slots: dict[str, _Slot] = {}
     for number, ((path, leaf), place) in enumerate(zip(leaves, plan, strict=True)):
         own = widest(entries[name].dtype for name in place.names)
@@ -188,6 +196,9 @@ def write_group(folder: ResumableFolder, group: str, arrays: Mapping[str, np.nda
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with folder.unit(f"{WEIGHTS}/{group}") as path, _quiet(), context:
+        # Asked beforehand: where a disk fills up under Orbax, threads of its libraries print pages of their own.
+        if shutil.disk_usage(path.parent).free < sum(array.nbytes for array in arrays.values()) + _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ocp.save(str(path), dict(arrays))
 
 
@@ -307,14 +318,16 @@ def _reading(group: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the reports of asyncio, through which Orbax runs, on the further tasks that fail when one has."""
-    logger = logging.getLogger("asyncio")
+    """Without what Orbax and asyncio, through which it runs, log on every task that fails when one has; the error itself is raised."""
+    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
     silence: Callable[[logging.LogRecord], bool] = lambda record: False  # noqa: E731
-    logger.addFilter(silence)
+    for logger in loggers:
+        logger.addFilter(silence)
     try:
         yield
     except Exception:
-        gc.collect()  # the reports are made when the tasks are collected
+        gc.collect()  # asyncio logs when the tasks are collected
         raise
     finally:
-        logger.removeFilter(silence)
+        for logger in loggers:
+            logger.removeFilter(silence)

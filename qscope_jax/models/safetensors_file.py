@@ -142,6 +142,7 @@ def write_file(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], np.dtyp
         file.write(len(text).to_bytes(8, "little") + text)
         for array in data:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
         if file.tell() != 8 + len(text) + offset:
             raise ValueError(f"{path}: wrote {file.tell()} bytes, expected {8 + len(text) + offset}")
         file.flush()

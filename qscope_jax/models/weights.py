@@ -123,11 +123,6 @@ def _prefix(family: str) -> str:
     return NAME_TABLES[family]["final_norm"].removesuffix("norm.weight")
 
 
-def as_stored(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
-    """The config of a checkpoint whose tensors have these names: they alone tell how experts lie in it."""
-    return replace(config, fused_experts=any(name.endswith(".mlp.experts.gate_up_proj") for name in names))
-
-
 def read_config(source: Source) -> ModelConfig:
     """Config of the checkpoint at `source`; stop tokens of `generation_config.json` are added to those of the config."""
     config = ModelConfig.from_hf(read_json(source.path("config.json")))
@@ -138,8 +133,14 @@ def read_config(source: Source) -> ModelConfig:
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
 
 
-def decoder_plan(config: ModelConfig) -> tuple[list[tuple[Any, jax.ShapeDtypeStruct]], Any, list[Placement]]:
-    """Key path, shape and dtype of every array of a decoder, the tree that they make up, and where each lies in a checkpoint."""
+def decoder_plan(config: ModelConfig, names: Iterable[str]) -> tuple[list[tuple[Any, jax.ShapeDtypeStruct]], Any, list[Placement]]:
+    """Key path, shape and dtype of every array of a decoder, the tree that they make up, and where each lies in a checkpoint.
+
+    Args:
+        config: The checkpoint's config.
+        names: Its tensors' names: they alone tell whether the experts of a layer are one tensor.
+    """
+    config = replace(config, fused_experts=any(name.endswith(".mlp.experts.gate_up_proj") for name in names))
     leaves, tree = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: Decoder(config, jax.random.key(0))))
     return leaves, tree, [placement(path, leaf.shape, config) for path, leaf in leaves]
 
@@ -184,7 +185,7 @@ def check_tensors(where: str, found: Mapping[str, Any], config: ModelConfig, pla
 def checked_entries(source: Source, config: ModelConfig) -> tuple[dict[str, TensorEntry], frozenset[str]]:
     """Every tensor of a Hugging Face checkpoint after `check_tensors`, and the names of the carried ones."""
     entries = _entries(source)
-    return entries, check_tensors(source.name, entries, config, decoder_plan(config)[2])
+    return entries, check_tensors(source.name, entries, config, decoder_plan(config, entries)[2])
 
 
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
@@ -209,7 +210,7 @@ def load_decoder(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes
         ArchitectureError: the checkpoint holds tensors that this decoder would ignore.
     """
     entries = _entries(source)
-    leaves, tree, plan = decoder_plan(config)
+    leaves, tree, plan = decoder_plan(config, entries)
     check_tensors(source.name, entries, config, plan)
 
     def make(item: tuple[tuple[Any, jax.ShapeDtypeStruct], Placement]) -> jax.Array:

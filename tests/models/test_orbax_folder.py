@@ -240,3 +240,11 @@ def test_a_damaged_checkpoint_says_nothing_on_stderr(folder):
     )
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert (done.stdout, done.stderr) == ("SourceError set()\n", "")
+
+
+def test_a_disk_without_room_is_found_before_orbax_writes(folder, tmp_path, monkeypatch, capfd):
+    model = load_model(folder)
+    monkeypatch.setattr(orbax_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
+    with pytest.raises(SourceError, match="new: the disk is full; nothing is left behind"):
+        model.save(tmp_path / "new", format="orbax")
+    assert [path.name for path in tmp_path.iterdir()] == ["orbax"] and capfd.readouterr() == ("", "")
