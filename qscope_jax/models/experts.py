@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qscope_jax.models.config import ModelConfig
@@ -82,16 +83,36 @@ def mix(
         how: `reference` (every expert for every token), `blocks` or `grouped` (only the chosen ones); default by `strategy`.
     """
     how = how or strategy()
+    shards = jax.sharding.get_abstract_mesh().shape.get("expert", 1)
+    if shards == 1 or gate_up_E2ID.shape[0] % shards:
+        return _mix(x_ND, weights_NK, experts_NK, gate_up_E2ID, down_EDI, how).astype(x_ND.dtype)
+
+    def own(x_ND: Array, weights_NK: Array, experts_NK: Array, gate_up_E2ID: Array, down_EDI: Array) -> Array:
+        first = jax.lax.axis_index("expert").astype(experts_NK.dtype) * gate_up_E2ID.shape[0]
+        return jax.lax.psum(_mix(x_ND, weights_NK, experts_NK - first, gate_up_E2ID, down_EDI, how), "expert")
+
+    # Every shard has all tokens of its data shard and adds what its own experts give them: one sum of [N, D] crosses devices, no weight does.
+    split, whole = PartitionSpec("expert"), PartitionSpec()
+    over_shards = jax.shard_map(own, in_specs=(whole, whole, whole, split, split), out_specs=whole, axis_names=frozenset({"expert"}), check_vma=False)
+    return over_shards(x_ND, weights_NK, experts_NK, gate_up_E2ID, down_EDI).astype(x_ND.dtype)
+
+
+def _mix(x_ND: Array, weights_NK: Array, experts_NK: Array, gate_up_E2ID: Array, down_EDI: Array, how: str) -> Array:
+    """What these experts give; a number that is not one of theirs gives nothing. In float32, so that sums over shards round once."""
     if how == "reference":
-        return _every_expert(x_ND, weights_NK, experts_NK, gate_up_E2ID, down_EDI)
+        return _every_expert(x_ND, weights_NK, experts_NK, gate_up_E2ID, down_EDI).astype(jnp.float32)
     tokens, chosen = experts_NK.shape
-    order_A = jnp.argsort(experts_NK.reshape(-1), stable=True).astype(jnp.int32)  # assignments (token, slot) by expert
-    counts_E = jnp.zeros((gate_up_E2ID.shape[0],), jnp.int32).at[experts_NK.reshape(-1)].add(1)
+    experts = gate_up_E2ID.shape[0]
+    known_NK = (experts_NK >= 0) & (experts_NK < experts)
+    weights_NK = jnp.where(known_NK, weights_NK, 0)
+    experts_A = jnp.where(known_NK, experts_NK, experts).reshape(-1)
+    order_A = jnp.argsort(experts_A, stable=True).astype(jnp.int32)  # assignments (token, slot) by expert, those of others last
+    counts_E = jnp.zeros((experts,), jnp.int32).at[experts_A].add(1, mode="drop")
     form = _blocks if how == "blocks" else _grouped
     out_AD = form(x_ND, order_A // chosen, counts_E, gate_up_E2ID, down_EDI)
     # Back to the order of tokens, so that each sums its own experts in the order of their probability.
     out_NKD = jnp.zeros_like(out_AD).at[order_A].set(out_AD, unique_indices=True).reshape(tokens, chosen, -1)
-    return jnp.einsum("nk,nkd->nd", weights_NK, out_NKD, precision=precision_for(x_ND.dtype))
+    return jnp.einsum("nk,nkd->nd", weights_NK, out_NKD, precision=precision_for(x_ND.dtype), preferred_element_type=jnp.float32)
 
 
 def _every_expert(x_ND: Array, weights_NK: Array, experts_NK: Array, gate_up_E2ID: Array, down_EDI: Array) -> Array:
