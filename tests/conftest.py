@@ -9,10 +9,23 @@ import jaxtyping
 import pytest
 
 from qscope_jax.models.config import ModelConfig
+from tests.support import SupportTable
 
 # Before the first use of a device. Eight virtual ones cost the suite nothing; a mesh takes those it names.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the option that compares README with what ran."""
+    parser.addoption("--support", choices=("check", "write"), help="compare README's table of support with the tests that ran, or write it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect the results behind that table."""
+    if mode := config.getoption("--support"):
+        config.pluginmanager.register(SupportTable(mode))
+
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from qscope_jax.data.hub import open_source
 from qscope_jax.features.steering import add_directions
 from qscope_jax.models.cache import init_cache
+from qscope_jax.models.conversion import convert_model
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import forward, load_model
 
-FAMILIES = ["experts", "experts in some layers", "llama, scaled", "gemma", "delta", "delta, tied, wrapped", "delta, experts"]
+FAMILIES = ["tied", "experts", "experts in some layers", "llama, scaled", "gemma", "delta", "delta, tied, wrapped", "delta, experts"]
 LENGTH = 20
 
 
@@ -120,3 +123,13 @@ def test_transformers_reads_what_is_saved(make_reference, tmp_path, shape):
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, reference.model(tokens).logits)
+
+
+@pytest.mark.parametrize("shape", FAMILIES)
+def test_orbax_and_back_changes_no_bit(make_reference, tmp_path, shape):
+    folder = make_reference(shape).folder
+    convert_model(open_source(folder), tmp_path / "orbax", "orbax")
+    load_model(tmp_path / "orbax", scan=True).save(tmp_path / "hf")
+    expected, got = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "hf"))
+    assert expected.keys() == got.keys()
+    assert all(tensor.tobytes() == got[name].tobytes() and tensor.shape == got[name].shape for name, tensor in expected.items())
