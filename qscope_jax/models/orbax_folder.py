@@ -252,6 +252,7 @@ def _load_group(group: Path, entries: Sequence[OrbaxEntry], slots: Mapping[str, 
             stack = arrays.pop(slot.number) if slot.number in arrays else jnp.zeros(slot.shape, slot.dtype, device=slot.sharding)
             array = _insert(stack, part, np.array(slot.index, np.int32))
         arrays[slot.number] = jax.device_put(array, slot.sharding)
+    gc.collect()  # Orbax's finished tasks refer to each other, and to what they have read
 
 
 @partial(jax.jit, donate_argnums=0)
