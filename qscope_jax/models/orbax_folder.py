@@ -115,7 +115,7 @@ def read_group(group: Path) -> dict[str, np.ndarray]:
 
 
 def load_orbax(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: bool = False) -> Decoder:
-    """Read the weights straight onto the mesh, group by group, each device its slices; the peak is the model and one group.
+    """Read the weights straight onto the mesh, group by group, each device its slices; the peak is near the model and one group.
 
     Args:
         source: Folder of this layout.
@@ -138,7 +138,8 @@ def load_orbax(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: 
         sharding = parameter_sharding(parameter_path(path)[-1], leaf.shape, mesh)
         slots |= {name: _Slot(number, place.index(i), leaf.shape, place.disk_shape, dtype, sharding) for i, name in enumerate(place.names)}
     arrays: dict[int, jax.Array] = {}
-    for group, names in _by_group(entries).items():
+    # Reading takes a few times the tensor's size for a moment: the largest come first, while there is little else.
+    for group, names in sorted(_by_group(entries).items(), key=lambda item: -max(entries[name].nbytes for name in item[1])):
         if not slots.keys().isdisjoint(names):
             _load_group(group, [entries[name] for name in names], slots, arrays)
     return jax.tree_util.tree_unflatten(tree, [arrays[number] for number in range(len(leaves))])
@@ -255,12 +256,15 @@ def _load_group(group: Path, entries: Sequence[OrbaxEntry], slots: Mapping[str, 
             raise ShapeError(f"{group}: tensor {name} holds values too large for {slots[name].dtype.name}; load it as {own}, its own dtype")
     for name in names:
         slot, part = slots[name], parts.pop(name)
-        if all(size == 1 for size in slot.shape[: len(slot.index)]):
+        if (part.shape, part.dtype) == (slot.shape, slot.dtype):
+            array = part
+        elif all(size == 1 for size in slot.shape[: len(slot.index)]):
             array = jnp.reshape(part.astype(slot.dtype), slot.shape)
         else:
             stack = arrays.pop(slot.number) if slot.number in arrays else jnp.zeros(slot.shape, slot.dtype, device=slot.sharding)
             array = _insert(stack, part, np.array(slot.index, np.int32))
         arrays[slot.number] = jax.device_put(array, slot.sharding)
+    gc.collect()  # Orbax's finished tasks refer to each other, and to what they have read
 
 
 @partial(jax.jit, donate_argnums=0)
