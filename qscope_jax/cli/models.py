@@ -32,9 +32,7 @@ def run(config: Config) -> dict[str, Any]:
     sizes = {config.model: _own(config.model)} if config.model else published_sizes()
     saes = _released_saes()
     print_table(_COLUMNS, [_cells(name, size, saes.get(name, [])) for name, size in sizes.items()], title=_TITLE)
-    if not all(sizes.values()):
-        print("A dash: the family is not implemented here yet.")
-    models = [{"name": name, "size": asdict(size) if size else None, "saes": saes.get(name, [])} for name, size in sizes.items()]
+    models = [{"name": name, "size": asdict(size), "saes": saes.get(name, [])} for name, size in sizes.items()]
     result = {"models": models}
     write_result(config.out, "models", config, result)
     return result
@@ -62,9 +60,7 @@ def _released_saes() -> dict[str, list[str]]:
     return groups
 
 
-def _cells(name: str, size: "ModelSize | None", saes: list[str]) -> tuple[Any, ...]:
+def _cells(name: str, size: "ModelSize", saes: list[str]) -> tuple[Any, ...]:
     groups = ", ".join(repository.rsplit("-", 2)[-2] + "/" + repository.rsplit("_", 1)[-1] for repository in saes) or None
-    if size is None:
-        return (name, None, None, None, None, groups)
     amounts = (size.parameters / 1e9, size.bytes_bfloat16 / 1e9, size.cache_bytes_per_token / 1e3)
     return (name, size.num_layers, *amounts, groups)

@@ -1,13 +1,10 @@
 """How large models are, counted from their configs: nothing is downloaded and no array is made."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 
-from qscope_jax.errors import ArchitectureError
 from qscope_jax.models.cache import init_cache
 from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.decoder import Decoder
@@ -47,15 +44,9 @@ def model_size(name: str, config: ModelConfig) -> ModelSize:
     return ModelSize(name, config.family, config.num_layers, config.d_model, parameters, 2 * parameters, two - one, 2 * one - two)
 
 
-def published_sizes(configs: Mapping[str, Mapping[str, Any]] = PUBLISHED) -> dict[str, ModelSize | None]:
-    """Sizes of the published models by name; None where the family is not implemented."""
-    sizes: dict[str, ModelSize | None] = {}
-    for name, config in configs.items():
-        try:
-            sizes[name] = model_size(name, ModelConfig.from_hf(config))
-        except ArchitectureError:
-            sizes[name] = None
-    return sizes
+def published_sizes() -> dict[str, ModelSize]:
+    """Sizes of the published models by name."""
+    return {name: model_size(name, ModelConfig.from_hf(config)) for name, config in PUBLISHED.items()}
 
 
 def _cache_bytes(config: ModelConfig, slots: int) -> int:

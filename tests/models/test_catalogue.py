@@ -42,9 +42,10 @@ def test_grouped_heads_make_the_cache(sizes):
     assert sizes["Qwen3-1.7B"].cache_bytes_per_token == 2 * 8 * 128 * 28 * 2
 
 
-def test_a_family_that_is_not_implemented_has_no_size():
-    assert published_sizes({"Mamba": {"model_type": "mamba"}, "Qwen3-8B": PUBLISHED["Qwen3-8B"]}).keys() == {"Mamba", "Qwen3-8B"}
-    assert published_sizes({"Mamba": {"model_type": "mamba"}}) == {"Mamba": None}
+def test_a_delta_net_has_a_state_that_does_not_grow(sizes):
+    # 18 layers of 16 heads of 128 x 128 in float32, and 3 tokens of convolution over 6144 channels; keys and values in the 6 others.
+    assert sizes["Qwen3.5-2B"].state_bytes == 18 * (16 * 128 * 128 * 4 + 3 * 6144 * 2)
+    assert sizes["Qwen3.5-2B"].cache_bytes_per_token == 6 * 2 * 2 * 256 * 2
 
 
 def test_configs_that_are_read_are_read_whole():
