@@ -4,8 +4,8 @@ from qscope_jax.errors import ArchitectureError, ConfigError
 
 
 def test_layer_kinds_are_checked(tiny_config):
-    with pytest.raises(ArchitectureError, match="layer kinds .'gated_delta'. are not implemented"):
-        tiny_config(mixers=("full_attention", "gated_delta", "full_attention"))
+    with pytest.raises(ArchitectureError, match="layer kinds .'mamba'. are not implemented"):
+        tiny_config(mixers=("full_attention", "mamba", "full_attention"))
     with pytest.raises(ConfigError, match="got 2 and 3"):
         tiny_config(mixers=("full_attention",) * 2)
     with pytest.raises(ConfigError, match="attention is 'flash', expected one of auto, reference, cudnn"):
