@@ -1,7 +1,7 @@
 """Configs of published backbones: as much of each public `config.json` as says how large the model is and how it computes.
 
 Source: the repositories `Qwen/*`, `meta-llama/Llama-3.1-8B` and `google/gemma-2-*` on the Hugging Face hub; of Qwen3.5, which also sees, the part
-`text_config`. Base and instruct models of a name are alike in these keys.
+`text_config`. Base and instruct models of a name are alike in these keys. (Those of Qwen3.5 are checked only by the sizes they add up to.)
 """
 
 from typing import Any

@@ -124,7 +124,7 @@ def test_a_config_is_hashable_whatever_was_read_with_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'; implemented: gemma2, llama, qwen3, qwen3_moe"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; implemented: gemma2, llama, qwen3, qwen3_5"),
         ({"attention_bias": True}, "attention_bias=True is not implemented, expected False"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
