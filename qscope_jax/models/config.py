@@ -136,7 +136,7 @@ class ModelConfig:
             if min(sizes) < 1 or self.delta_value_heads % self.delta_key_heads:
                 raise ConfigError(f"model config: gated_delta has sizes {sizes}, expected positive ones, with value heads a multiple of key heads")
         if self.rotary_width % 2 or not 2 <= self.rotary_width <= self.head_dim:
-            raise ConfigError(f"model config: head_dim is {self.head_dim} and {self.rotary_width} of its channels are rotary, expected an even number of them")
+            raise ConfigError(f"model config: head_dim is {self.head_dim}, of which {self.rotary_width} are rotary; expected an even number of them")
         if self.period == 0:
             object.__setattr__(self, "period", _smallest_period(tuple(zip(self.mixers, self.feed_forwards, strict=True))))
         if self.period < 1 or self.num_layers % self.period:
