@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.program import run
 from qscope_jax.data.hub import Source, open_source
-from qscope_jax.errors import QscopeError, SourceError
+from qscope_jax.errors import SourceError
 from qscope_jax.models.config import DTYPES
 from qscope_jax.models.conversion import LAYOUTS, Layout, Progress, StoredModel, convert_model, differing_tensors, narrowed
 
 
 def main() -> int:
-    """Run from the command line; exit status 2 is a mistake of the user or an interruption, said in one line."""
+    """Run from the command line; see `converters.program.run` for the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", help="Hugging Face folder, Orbax folder or hub id")
     parser.add_argument("destination", type=Path, help="folder to write")
@@ -31,16 +32,8 @@ def main() -> int:
     parser.add_argument("--verify", action="store_true", help="read what was written, compare every bit, and run a prompt through both models")
     parser.add_argument("--overwrite", action="store_true", help="replace a model at the destination")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    given = parser.parse_args()
-    try:
-        convert(given.source, given.destination, given.to, given.dtype, given.lossy, given.verify, given.overwrite, given.revision)
-    except QscopeError as error:
-        print(f"convert_qwen: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_qwen: error: interrupted; the same command goes on with what is not finished", file=sys.stderr)
-        return 2
-    return 0
+    options = vars(parser.parse_args())
+    return run("convert_qwen", lambda: convert(**options))
 
 
 def convert(

@@ -21,14 +21,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qscope_jax.errors import InputError, QscopeError
+from converters.program import run
+from qscope_jax.errors import InputError
 from qscope_jax.sae.conversion import DTYPES, ConversionConfig, ConvertedLayer, convert
 from qscope_jax.sae.formats.registry import list_sae_layers
 from qscope_jax.sae.formats.writers import WRITERS
 
 
 def main() -> int:
-    """Run from the command line; exit status 2 is a mistake of the user, said in one line."""
+    """Run from the command line; see `converters.program.run` for the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", help="folder, file or hub id")
     parser.add_argument("destination", type=Path, help="folder to write")
@@ -43,15 +44,7 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace SAEs that are at the destination")
     options = vars(parser.parse_args())
     source, destination, layers = (options.pop(name) for name in ("source", "destination", "layers"))
-    try:
-        _run(source, destination, layers, ConversionConfig(**options))
-    except QscopeError as error:
-        print(f"convert_sae: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert_sae: interrupted; finished layers stay, the same command resumes", file=sys.stderr)
-        return 130
-    return 0
+    return run("convert_sae", lambda: _run(source, destination, layers, ConversionConfig(**options)))
 
 
 def _run(source: str, destination: Path, layers: str, config: ConversionConfig) -> None:

@@ -5,6 +5,7 @@ Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464, a
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +67,10 @@ class GatedDeltaNet(nnx.Module):
         steps = jax.nn.softplus(linear(x_BTD, self.in_proj_a[...]).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         beta = jax.nn.sigmoid(linear(x_BTD, self.in_proj_b[...]).astype(jnp.float32))
         g, beta = (jnp.where(documents.valid_BT[..., None], part, 0).reshape(batch, length, groups, shared) for part in (-rate_H * steps, beta))
-        memory = jnp.zeros((batch, groups, shared, config.delta_key_dim, config.delta_value_dim), jnp.float32)
-        memory = memory if cache is None else cache.memory[repeat]
-        rule = delta_rule if length == 1 else chunked_delta_rule
-        chunk = {} if length == 1 else {"chunk": config.delta_chunk}
-        out, memory = rule(q * config.delta_key_dim**-0.5, k, v, g, beta, memory, documents.number_BT, **chunk)
+        shape = (batch, groups, shared, config.delta_key_dim, config.delta_value_dim)
+        memory = jnp.zeros(shape, jnp.float32) if cache is None else cache.memory[repeat]
+        rule = delta_rule if length == 1 else partial(chunked_delta_rule, chunk=config.delta_chunk)
+        out, memory = rule(q * config.delta_key_dim**-0.5, k, v, g, beta, memory, documents.number_BT)
         z = linear(x_BTD, self.in_proj_z[...]).reshape(batch, length, groups, shared, -1)
         normed = rms_norm(out.astype(x_BTD.dtype), self.delta_norm[...], config.norm_eps)
         gated = (normed.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))).astype(x_BTD.dtype)
@@ -139,9 +139,6 @@ def delta_rule(
         memory += jnp.einsum("bgk,bgjv->bgjkv", k, beta[..., None] * error, precision=_HIGHEST)
         return (memory, document_B), jnp.einsum("bgk,bgjkv->bgjv", q, memory, precision=_HIGHEST)
 
-    if q.shape[1] == 1:
-        (memory, _), out = step((memory, jnp.zeros_like(documents_BT[:, 0])), tuple(x[:, 0] for x in (q, k, v, g, beta, documents_BT)))
-        return out[:, None], memory
     tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, documents_BT))
     (memory, _), out = jax.lax.scan(step, (memory, jnp.zeros_like(documents_BT[:, 0])), tokens)
     return jnp.moveaxis(out, 0, 1), memory
@@ -158,7 +155,7 @@ def chunked_delta_rule(
     *,
     chunk: int = 64,
 ) -> tuple[Float[Array, "B T G J V"], Float[Array, "B G J K V"]]:
-    """`delta_rule` by chunks: what tokens of a chunk do to each other is a triangular system, what they do to later ones a product.
+    """`delta_rule`, whose arguments it shares, by chunks: tokens of a chunk meet in a triangular system, later ones in a product.
 
     With c the running sum of g in a chunk and D[i, j] = exp(c_i - c_j) for tokens j <= i of one document, 0 elsewhere,
 

@@ -85,7 +85,7 @@ def test_other_logits_fail_a_verification(refused, model, tmp_path, monkeypatch)
     assert "gives other logits" in refused(model, tmp_path / "out", "--to", "orbax", "--verify")
 
 
-def test_an_interruption_is_one_line_and_the_same_command_goes_on(run, refused, model, tmp_path, monkeypatch):
+def test_an_interruption_is_one_line_and_the_same_command_goes_on(run, model, tmp_path, monkeypatch):
     real = conversion.write_orbax_group
 
     def interrupt(folder, group, arrays):
@@ -94,7 +94,8 @@ def test_an_interruption_is_one_line_and_the_same_command_goes_on(run, refused, 
         real(folder, group, arrays)
 
     monkeypatch.setattr(conversion, "write_orbax_group", interrupt)
-    assert "interrupted; the same command goes on" in refused(model, tmp_path / "out", "--to", "orbax")
+    status, _, errors = run(model, tmp_path / "out", "--to", "orbax")
+    assert status == 130 and len(errors) == 1 and "the same command goes on" in errors[0]
     assert not (tmp_path / "out").exists()
     written = []
     monkeypatch.setattr(conversion, "write_orbax_group", lambda folder, group, arrays: written.append(group) or real(folder, group, arrays))

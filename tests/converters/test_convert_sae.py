@@ -146,7 +146,7 @@ def test_an_interrupted_run_says_so_and_resumes(released, run, tmp_path, monkeyp
 
     monkeypatch.setattr(convert_sae, "_sentence", interrupt)
     answer = run(released, tmp_path / "out", "sparsify")
-    assert answer.status == 130 and "the same command resumes" in answer.err and not (tmp_path / "out").exists()
+    assert answer.status == 130 and "the same command goes on" in answer.err and not (tmp_path / "out").exists()
     answer = run(released, tmp_path / "out", "sparsify")
     assert answer.status == 0 and answer.out.count("finished by an earlier run") == 2
     assert list_sae_layers(tmp_path / "out") == [0, 1, 3]

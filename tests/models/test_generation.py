@@ -21,7 +21,19 @@ def ids_of(text: str) -> list[int]:
     return [int(number) for number in text.split()]
 
 
-@pytest.mark.parametrize(("shape", "scan"), [("tied", True), ("one key/value head", False)])
+@pytest.mark.parametrize(
+    ("shape", "scan"),
+    [
+        ("tied", True),
+        ("one key/value head", False),
+        ("experts", True),
+        ("delta", True),
+        ("delta, tied, wrapped", False),
+        ("delta, experts", True),
+        ("llama, scaled", True),
+        ("gemma", True),
+    ],
+)
 def test_24_greedy_tokens_are_those_of_transformers(shape, scan, make_reference, number_tokenizer):
     import torch
 

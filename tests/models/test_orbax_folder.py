@@ -17,7 +17,7 @@ from qscope_jax.models.language_model import LanguageModel, load_model
 from qscope_jax.models.orbax_folder import grouped, read_entries, read_group
 from qscope_jax.models.weights import checked_entries, read_config
 
-SHAPES = ["tied", "untied", "experts", "experts in some layers", "llama, scaled", "gemma"]
+SHAPES = ["tied", "untied", "experts", "experts in some layers", "llama, scaled", "gemma", "delta, tied, wrapped", "delta, experts"]
 
 
 def assert_equal_models(got: LanguageModel, expected: LanguageModel) -> None:

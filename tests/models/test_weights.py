@@ -58,7 +58,9 @@ def sharded(make_reference, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("shape", ["tied", "untied", "experts", "experts in some layers", "llama, scaled", "gemma"])
+@pytest.mark.parametrize(
+    "shape", ["tied", "untied", "experts", "experts in some layers", "llama, scaled", "gemma", "delta, tied, wrapped", "delta, experts"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_load_and_save_change_no_bit(make_reference, tmp_path, monkeypatch, scan, shape, dtype, shard):

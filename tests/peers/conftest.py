@@ -62,7 +62,7 @@ def codes(x) -> Callable[[SAEArrays | LayerSAE], tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.fixture
-def agree() -> Callable[[tuple, tuple], None]:
+def assert_agree() -> Callable[[tuple, tuple], None]:
     """Check that two pairs of codes and reconstructions have the same active features and the same values within rounding."""
 
     def check(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:

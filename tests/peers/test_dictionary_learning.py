@@ -28,11 +28,11 @@ def theirs(sae, x):
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_what_we_write_loads_in_dictionary_learning_and_gives_the_same_features(flag, tiny, converted, codes, agree, x):
+def test_what_we_write_loads_in_dictionary_learning_and_gives_the_same_features(flag, tiny, converted, codes, assert_agree, x):
     ours = tiny(apply_b_dec_to_input=flag)
     loaded, config = utils.load_dictionary(str(converted(ours, "dictionary_learning") / "resid_post_layer_3" / "trainer_0"), device="cpu")
     assert type(loaded) is AutoEncoderTopK and config["trainer"]["layer"] == 3
-    agree(theirs(loaded, x), codes(ours))
+    assert_agree(theirs(loaded, x), codes(ours))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_we_write_loads_in_dictionary_learning_and_gives_the_same_features(
     ids=["topk", "batch_topk", "matryoshka", "jumprelu", "gated", "standard", "standard_new"],
 )
 @pytest.mark.parametrize("norm_factor", [1.0, 3.0])
-def test_what_dictionary_learning_writes_is_read_here_with_the_same_features(make, norm_factor, codes, agree, x, tmp_path):
+def test_what_dictionary_learning_writes_is_read_here_with_the_same_features(make, norm_factor, codes, assert_agree, x, tmp_path):
     sae, rng = make(), np.random.default_rng(0)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
@@ -69,6 +69,6 @@ def test_what_dictionary_learning_writes_is_read_here_with_the_same_features(mak
     assert (expected[0] > 0).any() and (expected[0] == 0).any()
     torch.save(sae.state_dict(), tmp_path / "ae.pt")
     (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
-    agree(codes(read_sae_arrays(tmp_path, None)), expected)
+    assert_agree(codes(read_sae_arrays(tmp_path, None)), expected)
     torch.save({**bundle, "norm_factor": norm_factor}, tmp_path / "ae.pt")  # the interrupted run of the same weights
-    agree(codes(read_sae_arrays(tmp_path, None)), expected)
+    assert_agree(codes(read_sae_arrays(tmp_path, None)), expected)

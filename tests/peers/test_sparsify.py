@@ -21,16 +21,16 @@ def theirs(sae, x):
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_what_we_write_loads_in_sparsify_and_gives_the_same_features(flag, tiny, converted, codes, agree, x):
+def test_what_we_write_loads_in_sparsify_and_gives_the_same_features(flag, tiny, converted, codes, assert_agree, x):
     ours = tiny(apply_b_dec_to_input=flag)
     folder = converted(ours, "sparsify")
     loaded = sparsify.Sae.load_from_disk(folder / "layers.3")
-    agree(theirs(loaded, x), codes(ours))
+    assert_agree(theirs(loaded, x), codes(ours))
     assert list(sparsify.Sae.load_many(str(folder), local=True)) == ["layers.3"]
     assert loaded.cfg.normalize_decoder is False
 
 
-def test_what_sparsify_writes_is_read_here_with_the_same_features(codes, agree, x, tmp_path):
+def test_what_sparsify_writes_is_read_here_with_the_same_features(codes, assert_agree, x, tmp_path):
     sae = sparsify.Sae(D, sparsify.SparseCoderConfig(k=K, expansion_factor=3))
     rng = np.random.default_rng(0)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_what_sparsify_writes_is_read_here_with_the_same_features(codes, agree, 
     sae.save_to_disk(tmp_path / "layers.7")
     found = read_sae_arrays(tmp_path / "layers.7", None)
     assert (found.metadata["layer"], found.k) == (7, K)
-    agree(codes(found), theirs(sae, x))
+    assert_agree(codes(found), theirs(sae, x))
 
 
 def test_a_transcoder_of_sparsify_is_refused_by_name(tmp_path):

@@ -81,10 +81,7 @@ _LAYER = re.compile(r"layers?[._](\d+)", re.ASCII)
 def read_folder(source: Source, prefix: str, given: Given) -> SAEArrays:
     """Read the SAE in one trainer's folder.
 
-    Args:
-        source: The folder or repository.
-        prefix: The SAE's folder inside it, with a final `/`, or nothing.
-        given: What the caller says; `activation` where there is no config.
+    Arguments as those of `FolderFormat.read`.
 
     Raises:
         ArchitectureError: its class is not supported, or its threshold was never set.
@@ -123,12 +120,7 @@ def layer_of(source: Source, prefix: str) -> int | None:
 def write_folder(path: Path, arrays: SAEArrays) -> None:
     """Write one SAE as the library's AutoEncoderTopK, the encoder seeing x - b_dec; bit-exact.
 
-    Args:
-        path: The folder; made where it is missing.
-        arrays: The SAE.
-
-    Raises:
-        SourceError: it cannot be written.
+    `path` is the folder, made where it is missing; a SourceError says that it cannot be written.
     """
     layer = arrays.metadata.get("layer")
     extra = {"k": np.array(arrays.k, np.int32), "scalar_threshold": np.array(-1, np.float32)}

@@ -31,10 +31,7 @@ _L0 = re.compile(r"average_l0_(\d+)", re.ASCII)
 def read_folder(source: Source, prefix: str, given: Given) -> SAEArrays:
     """Read the SAE in one folder of Gemma Scope.
 
-    Args:
-        source: The folder or repository.
-        prefix: The SAE's folder inside it, with a final `/`, or nothing.
-        given: What the caller says.
+    Arguments as those of `FolderFormat.read`.
 
     Raises:
         ArchitectureError: it is an SAE of embeddings.
@@ -59,10 +56,7 @@ def read_file(path: Path, given: Given, prefix: str | None = None, origin: str |
 def read_folder_2(source: Source, prefix: str, given: Given) -> SAEArrays:
     """Read the SAE in one folder of Gemma Scope 2.
 
-    Args:
-        source: The folder or repository.
-        prefix: The SAE's folder inside it, with a final `/`, or nothing.
-        given: What the caller says.
+    Arguments as those of `FolderFormat.read`.
 
     Raises:
         ArchitectureError: it is a transcoder, crosses layers, or has another architecture.

@@ -38,10 +38,7 @@ _FOLDER = re.compile(r"-?L(\d+)[A-Z]", re.ASCII)
 def read_folder(source: Source, prefix: str, given: Given) -> SAEArrays:
     """Read an SAE of Llama Scope.
 
-    Args:
-        source: The folder or repository.
-        prefix: The SAE's folder inside it, with a final `/`, or nothing.
-        given: What the caller says.
+    Arguments as those of `FolderFormat.read`.
 
     Raises:
         InputError, ShapeError, SourceError: the files are damaged, or do not fit each other.
@@ -64,10 +61,7 @@ def read_folder(source: Source, prefix: str, given: Given) -> SAEArrays:
 def read_folder_r1(source: Source, prefix: str, given: Given) -> SAEArrays:
     """Read an SAE of Llama Scope R1, whose files do not say by which norm its input was scaled.
 
-    Args:
-        source: The folder or repository.
-        prefix: The SAE's folder inside it, with a final `/`, or nothing.
-        given: What the caller says; `input_norm` is needed.
+    Arguments as those of `FolderFormat.read`.
 
     Raises:
         InputError: the norm is missing or not positive.
@@ -89,10 +83,7 @@ def read_folder_r1(source: Source, prefix: str, given: Given) -> SAEArrays:
 def read_folder_llamascopium(source: Source, prefix: str, given: Given) -> SAEArrays:
     """Read an SAE that Llamascopium saved.
 
-    Args:
-        source: The folder or repository.
-        prefix: The SAE's folder inside it, with a final `/`, or nothing.
-        given: What the caller says.
+    Arguments as those of `FolderFormat.read`.
 
     Raises:
         ArchitectureError: it is a transcoder or crosscoder, has a gated encoder, normalises token by token, or has another activation.

@@ -30,7 +30,8 @@ class FolderFormat:
         marker: The file that every SAE has, relative to its folder.
         beside: Files of which one must lie beside it; empty where there need be none.
         config_says: Whether the folder's `config.json`, if any, agrees.
-        read: Reads the SAE in a folder of a source.
+        read: Reads an SAE from the source (folder or repository), the SAE's folder inside it (with a final `/`, or nothing), and what the
+            caller says. Beside what its own docstring names, it raises a QscopeError where files are damaged or do not fit each other.
         layer_of: The layer that the folder's name or config states.
     """
 

@@ -46,10 +46,7 @@ _OURS = "qscope_jax"
 def read_folder(source: Source, prefix: str, given: Given) -> SAEArrays:
     """Read the SAE in one folder.
 
-    Args:
-        source: The folder or repository.
-        prefix: The SAE's folder inside it, with a final `/`, or nothing.
-        given: What the caller says.
+    Arguments as those of `FolderFormat.read`.
 
     Raises:
         ArchitectureError: its architecture or input normalisation is not supported.
@@ -83,12 +80,7 @@ def layer_of(source: Source, prefix: str) -> int | None:
 def write_folder(path: Path, arrays: SAEArrays) -> None:
     """Write one SAE as SAELens 6 reads it: topk as `topk`, anything with a threshold as `jumprelu`; bit-exact.
 
-    Args:
-        path: The folder; made where it is missing.
-        arrays: The SAE.
-
-    Raises:
-        SourceError: it cannot be written.
+    `path` is the folder, made where it is missing; a SourceError says that it cannot be written.
     """
     architecture = "topk" if arrays.activation == "topk" else "jumprelu"
     dtype = arrays.W_enc.dtype.name

@@ -23,10 +23,7 @@ _HOOKPOINT = re.compile(r"layers[._](\d+)", re.ASCII)
 def read_folder(source: Source, prefix: str, given: Given) -> SAEArrays:
     """Read the SAE in one hookpoint's folder.
 
-    Args:
-        source: The folder or repository.
-        prefix: The SAE's folder inside it, with a final `/`, or nothing.
-        given: What the caller says.
+    Arguments as those of `FolderFormat.read`.
 
     Raises:
         ArchitectureError: it is a transcoder, has a skip connection, or selects by groups or by magnitude.
@@ -58,12 +55,7 @@ def layer_of(source: Source, prefix: str) -> int | None:
 def write_folder(path: Path, arrays: SAEArrays) -> None:
     """Write one SAE as sparsify loads it: top-k, the encoder seeing x - b_dec; bit-exact.
 
-    Args:
-        path: The folder; made where it is missing.
-        arrays: The SAE.
-
-    Raises:
-        SourceError: it cannot be written.
+    `path` is the folder, made where it is missing; a SourceError says that it cannot be written.
     """
     cfg: dict[str, Any] = {
         "activation": "topk",

@@ -74,14 +74,14 @@ def keep() -> Callable[[np.ndarray, int], np.ndarray]:
 
 
 @pytest.fixture
-def agree(run) -> Callable[..., None]:
+def assert_agree(run) -> Callable[..., None]:
     """Check an SAE against codes and reconstructions that a test worked out by the format's own rule, in float64."""
 
-    def agree(sae: SAEArrays, x: np.ndarray, codes: np.ndarray, xhat: np.ndarray) -> None:
+    def assert_agree(sae: SAEArrays, x: np.ndarray, codes: np.ndarray, xhat: np.ndarray) -> None:
         found, rebuilt = run(sae, x)
         assert (codes > 0).any() and (codes == 0).any()
         np.testing.assert_array_equal(found > 0, codes > 0)
         np.testing.assert_allclose(found, codes, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(rebuilt, xhat, rtol=1e-5, atol=1e-5)
 
-    return agree
+    return assert_agree

@@ -61,57 +61,57 @@ def wide(tiny):
     return {name: array.astype(np.float64) for name, array in tiny.items()}
 
 
-def test_topk_files_give_the_same_codes_and_their_own_bits(published, tiny, wide, x, keep, agree):
+def test_topk_files_give_the_same_codes_and_their_own_bits(published, tiny, wide, x, keep, assert_agree):
     for threshold in (-1.0, 0.5):  # the library's class ignores a threshold that training left
         sae = read_sae_arrays(published(tensors(top_k(tiny, threshold)), "AutoEncoderTopK"), None)
         codes = keep((x - wide["b_dec"]) @ wide["W_enc"].T + wide["b_enc"])
-        agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+        assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
     for name, array in tiny.items():
         assert sae.tensors()[name].tobytes() == array.tobytes()
     assert (sae.k, sae.metadata["layer"], sae.metadata["model_name"]) == (K, 6, "Qwen/Qwen3-1.7B-Base")
 
 
-def test_batch_topk_files_are_read_with_their_threshold(published, tiny, wide, x, agree):
+def test_batch_topk_files_are_read_with_their_threshold(published, tiny, wide, x, assert_agree):
     sae = read_sae_arrays(published(tensors(top_k(tiny, 0.5)), "BatchTopKSAE"), None)
     z = (x - wide["b_dec"]) @ wide["W_enc"].T + wide["b_enc"]
     codes = np.where(z > 0.5, z, 0)
-    agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
     assert sae.metadata["mean_l0"] == K
 
 
-def test_matryoshka_files_give_the_same_codes(published, tiny, wide, x, agree):
+def test_matryoshka_files_give_the_same_codes(published, tiny, wide, x, assert_agree):
     content = matrices(tiny, k=np.array(K, np.int32), threshold=np.array(0.3, np.float32), group_sizes=np.array([32, 64]))
     sae = read_sae_arrays(published(tensors(content), "MatryoshkaBatchTopKSAE"), None)
     z = (x - wide["b_dec"]) @ wide["W_enc"].T + wide["b_enc"]
     codes = np.where(z > np.float32(0.3), z, 0)
-    agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
 
 
-def test_jumprelu_files_see_x_itself(published, tiny, wide, threshold, x, agree):
+def test_jumprelu_files_see_x_itself(published, tiny, wide, threshold, x, assert_agree):
     z = x @ wide["W_enc"].T + wide["b_enc"]
     codes = np.where(z > threshold, z, 0)
     for dict_class in ("JumpReluAutoEncoder", None):
         sae = read_sae_arrays(published(tensors(matrices(tiny, threshold=threshold)), dict_class, folder=f"{dict_class}"), None)
-        agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+        assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
 
 
-def test_gated_files_give_the_same_codes(published, tiny, wide, x, agree):
+def test_gated_files_give_the_same_codes(published, tiny, wide, x, assert_agree):
     content = gated(tiny)
     gate = {name: content[name].astype(np.float64) for name in ("gate_bias", "mag_bias", "r_mag")}
     u = (x - wide["b_dec"]) @ wide["W_enc"].T
     codes = np.where(u + gate["gate_bias"] > 0, np.maximum(np.exp(gate["r_mag"]) * u + gate["mag_bias"], 0), 0)
-    agree(read_sae_arrays(published(tensors(content), "GatedAutoEncoder"), None), x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(read_sae_arrays(published(tensors(content), "GatedAutoEncoder"), None), x, codes, codes @ wide["W_dec"] + wide["b_dec"])
 
 
-def test_standard_files_old_and_new_differ_in_what_the_encoder_sees(published, tiny, wide, x, agree):
+def test_standard_files_old_and_new_differ_in_what_the_encoder_sees(published, tiny, wide, x, assert_agree):
     for name, dict_class, centre in (("bias", "AutoEncoder", wide["b_dec"]), ("decoder.bias", "AutoEncoderNew", 0)):
         codes = np.maximum((x - centre) @ wide["W_enc"].T + wide["b_enc"], 0)
         for known in (dict_class, None):
             path = published(tensors(linear(tiny, **{name: tiny["b_dec"]})), known, folder=f"{known}-{name}")
-            agree(read_sae_arrays(path, None), x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+            assert_agree(read_sae_arrays(path, None), x, codes, codes @ wide["W_dec"] + wide["b_dec"])
 
 
-def test_what_an_interrupted_run_leaves_is_scaled_to_raw_units(published, tiny, wide, x, agree):
+def test_what_an_interrupted_run_leaves_is_scaled_to_raw_units(published, tiny, wide, x, assert_agree):
     bundle = {
         "step": 700,
         "ae": tensors(top_k(tiny, 0.2)),
@@ -124,7 +124,7 @@ def test_what_an_interrupted_run_leaves_is_scaled_to_raw_units(published, tiny, 
     z = (x / 4 - wide["b_dec"]) @ wide["W_enc"].T + wide["b_enc"]
     codes = np.where(z > np.float32(0.2), z, 0)
     sae = read_sae_arrays(path, None)
-    agree(sae, x, 4 * codes, 4 * (codes @ wide["W_dec"] + wide["b_dec"]))
+    assert_agree(sae, x, 4 * codes, 4 * (codes @ wide["W_dec"] + wide["b_dec"]))
     assert sae.metadata["folds"] == ["input_scale_into_biases"]
     torch.save({**bundle, "norm_factor": 0.0}, path / "ae.pt")
     with pytest.raises(SourceError, match="norm_factor of the interrupted run is 0.0"):

@@ -36,7 +36,7 @@ def published(tmp_path, params):
 
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("upper", [False, True])
-def test_gemma_scope_files_give_the_same_codes(compress, upper, published, params, tiny, threshold, x, agree):
+def test_gemma_scope_files_give_the_same_codes(compress, upper, published, params, tiny, threshold, x, assert_agree):
     renamed = {"w_enc": None, "w_dec": None, "W_enc": params["w_enc"], "W_dec": params["w_dec"]} if upper else {}
     path = published(compress=compress, **renamed)
     wide = {name: array.astype(np.float64) for name, array in tiny.items()}
@@ -44,7 +44,7 @@ def test_gemma_scope_files_give_the_same_codes(compress, upper, published, param
     codes = np.where(z > threshold, z, 0)
     for source in (path, path / "params.npz"):
         sae = read_sae_arrays(source, None)
-        agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+        assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
         assert (sae.metadata["layer"], sae.metadata["mean_l0"], sae.metadata["format"]) == (5, 71, "gemma_scope")
 
 
@@ -111,12 +111,12 @@ def second(tmp_path, params):
 
 
 @pytest.mark.parametrize("config", [None, {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.9.output", "model_name": "gemma-v3"}])
-def test_gemma_scope_2_files_give_the_same_codes(config, second, tiny, threshold, x, agree):
+def test_gemma_scope_2_files_give_the_same_codes(config, second, tiny, threshold, x, assert_agree):
     sae = read_sae_arrays(second(config), None)
     wide = {name: array.astype(np.float64) for name, array in tiny.items()}
     z = x @ wide["W_enc"].T + wide["b_enc"]
     codes = np.where(z > threshold, z, 0)
-    agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
     assert (sae.metadata["layer"], sae.metadata["format"]) == (9, "gemma_scope_2")
     assert isinstance(sae.W_dec.base, np.memmap)
 

@@ -52,14 +52,14 @@ def llama(tmp_path, tiny):
     return write
 
 
-def test_llama_scope_files_give_the_same_codes_with_both_norms_folded(llama, wide, x, agree):
+def test_llama_scope_files_give_the_same_codes_with_both_norms_folded(llama, wide, x, assert_agree):
     path = llama()
     s_in, s_out = np.sqrt(D) / 8, np.sqrt(D) / 5
     z = (s_in * x) @ wide["W_enc"].T + wide["b_enc"]
     codes = np.where(z > np.float32(s_in * 0.9), z, 0)
     for source in (path, path / "checkpoints" / "final.safetensors"):
         sae = read_sae_arrays(source, None)
-        agree(sae, x, codes, (codes @ wide["W_dec"] + wide["b_dec"]) / s_out)
+        assert_agree(sae, x, codes, (codes @ wide["W_dec"] + wide["b_dec"]) / s_out)
         assert (sae.metadata["layer"], sae.metadata["folds"]) == (7, ["input_scale"])
 
 
@@ -88,7 +88,7 @@ def test_missing_tensors_are_named(llama, tiny):
         read_sae_arrays(llama(tensors={name: array for name, array in linear(tiny).items() if name != "decoder.bias"}), None)
 
 
-def test_llama_scope_r1_needs_the_norm_that_its_files_lack(tmp_path, tiny, wide, threshold, x, agree):
+def test_llama_scope_r1_needs_the_norm_that_its_files_lack(tmp_path, tiny, wide, threshold, x, assert_agree):
     path = tmp_path / "L7R"
     path.mkdir()
     save_file(linear(tiny, log_jumprelu_threshold=np.log(threshold + 0.01)), path / "sae_weights.safetensors")
@@ -102,7 +102,7 @@ def test_llama_scope_r1_needs_the_norm_that_its_files_lack(tmp_path, tiny, wide,
     z = (s * x) @ wide["W_enc"].T + wide["b_enc"]
     codes = np.where(z > threshold + np.float32(0.01), z, 0)
     sae = read_sae_arrays(path, None, input_norm=8.0)
-    agree(sae, x, codes, (codes @ wide["W_dec"] + wide["b_dec"]) / s)
+    assert_agree(sae, x, codes, (codes @ wide["W_dec"] + wide["b_dec"]) / s)
     assert (sae.metadata["format"], sae.metadata["layer"]) == ("llama_scope_r1", 7)
 
 
@@ -124,24 +124,24 @@ def scopium(tmp_path, tiny, threshold):
 
 @pytest.mark.parametrize("by_norm", [True, False])
 @pytest.mark.parametrize("norm_activation", ["dataset-wise", "inference"])
-def test_llamascopium_jumprelu_files_give_the_same_codes(by_norm, norm_activation, scopium, wide, threshold, x, agree):
+def test_llamascopium_jumprelu_files_give_the_same_codes(by_norm, norm_activation, scopium, wide, threshold, x, assert_agree):
     garbage = {"norms": float("nan")} if norm_activation == "inference" else {}  # then the library never set the norms
     sae = read_sae_arrays(scopium(**garbage, norm_activation=norm_activation, sparsity_include_decoder_norm=by_norm), None)
     s = np.sqrt(D) / 8 if norm_activation == "dataset-wise" else 1
     norms = np.linalg.norm(wide["W_dec"], axis=1) if by_norm else np.ones(F)
     z = ((s * x) @ wide["W_enc"].T + wide["b_enc"]) * norms
     codes = np.where(z > threshold + np.float32(0.01), z, 0)
-    agree(sae, x, codes, ((codes / norms) @ wide["W_dec"] + wide["b_dec"]) / s)
+    assert_agree(sae, x, codes, ((codes / norms) @ wide["W_dec"] + wide["b_dec"]) / s)
 
 
-def test_llamascopium_topk_and_relu_files_give_the_same_codes(scopium, wide, x, keep, agree):
+def test_llamascopium_topk_and_relu_files_give_the_same_codes(scopium, wide, x, keep, assert_agree):
     norms = np.linalg.norm(wide["W_dec"], axis=1)
     z = x @ wide["W_enc"].T + wide["b_enc"]
     for act, select in (("topk", keep), ("relu", lambda z: np.maximum(z, 0))):
         sae = read_sae_arrays(scopium(log=False, act_fn=act, norm_activation="inference"), None)
-        agree(sae, x, select(z * norms), (select(z * norms) / norms) @ wide["W_dec"] + wide["b_dec"])
+        assert_agree(sae, x, select(z * norms), (select(z * norms) / norms) @ wide["W_dec"] + wide["b_dec"])
     bare = read_sae_arrays(scopium(log=False, bias=False, act_fn="topk", norm_activation="inference"), None)
-    agree(bare, x, keep(z * norms), (keep(z * norms) / norms) @ wide["W_dec"])
+    assert_agree(bare, x, keep(z * norms), (keep(z * norms) / norms) @ wide["W_dec"])
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,10 @@ def pre_activations(tiny, x, flag=True):
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_topk_files_give_the_same_codes_and_their_own_bits(flag, published, tiny, x, keep, agree):
+def test_topk_files_give_the_same_codes_and_their_own_bits(flag, published, tiny, x, keep, assert_agree):
     sae = read_sae_arrays(published(apply_b_dec_to_input=flag), None)
     z, wide = pre_activations(tiny, x, flag)
-    agree(sae, x, keep(z), keep(z) @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, keep(z), keep(z) @ wide["W_dec"] + wide["b_dec"])
     for name, array in tiny.items():
         assert sae.tensors()[name].tobytes() == array.tobytes(), name
     assert (sae.k, sae.activation, sae.apply_b_dec_to_input, sae.metadata["layer"], sae.metadata["folds"]) == (K, "topk", flag, 5, [])
@@ -62,33 +62,33 @@ def test_what_lies_as_we_hold_it_stays_mapped(published):
     assert isinstance(sae.W_dec.base, np.memmap) and isinstance(sae.b_enc.base, np.memmap) and not sae.W_dec.flags.writeable
 
 
-def test_selection_by_rescaled_activations_is_folded_into_the_weights(published, tiny, x, keep, agree):
+def test_selection_by_rescaled_activations_is_folded_into_the_weights(published, tiny, x, keep, assert_agree):
     sae = read_sae_arrays(published(rescale_acts_by_decoder_norm=True), None)
     z, wide = pre_activations(tiny, x)
     norms = np.linalg.norm(wide["W_dec"], axis=1)
     codes = keep(z * norms)
     assert ((codes > 0) != (keep(z) > 0)).any()
-    agree(sae, x, codes, (codes / norms) @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, codes, (codes / norms) @ wide["W_dec"] + wide["b_dec"])
     assert sae.metadata["folds"] == ["unit_decoder"] and sae.metadata["unit_norm_decoder"]
 
 
-def test_jumprelu_files_give_the_same_codes(published, tiny, threshold, x, agree):
+def test_jumprelu_files_give_the_same_codes(published, tiny, threshold, x, assert_agree):
     sae = read_sae_arrays(published(tensors={"threshold": threshold}, architecture="jumprelu", k=None), None)
     z, wide = pre_activations(tiny, x)
     codes = np.where(z > threshold, z, 0)
-    agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
     logs = np.log(threshold + 1e-3)
     older = read_sae_arrays(published("old", tensors={"log_threshold": logs}, architecture="jumprelu", k=None), None)
     np.testing.assert_allclose(older.threshold, threshold + 1e-3, rtol=1e-6)
 
 
-def test_standard_files_give_the_same_codes(published, tiny, x, agree):
+def test_standard_files_give_the_same_codes(published, tiny, x, assert_agree):
     sae = read_sae_arrays(published(architecture="standard", k=None), None)
     z, wide = pre_activations(tiny, x)
-    agree(sae, x, np.maximum(z, 0), np.maximum(z, 0) @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, np.maximum(z, 0), np.maximum(z, 0) @ wide["W_dec"] + wide["b_dec"])
 
 
-def test_gated_files_give_the_same_codes(published, tiny, x, agree):
+def test_gated_files_give_the_same_codes(published, tiny, x, assert_agree):
     rng = np.random.default_rng(3)
     gate = {"b_gate": rng.uniform(-1, 0.5, F), "b_mag": rng.uniform(-1, 0.5, F), "r_mag": rng.uniform(-0.5, 0.5, F)}
     gate = {name: array.astype(np.float32) for name, array in gate.items()}
@@ -96,22 +96,22 @@ def test_gated_files_give_the_same_codes(published, tiny, x, agree):
     wide = {name: array.astype(np.float64) for name, array in (tiny | gate).items()}
     u = (x - wide["b_dec"]) @ wide["W_enc"].T
     codes = np.where(u + wide["b_gate"] > 0, np.maximum(np.exp(wide["r_mag"]) * u + wide["b_mag"], 0), 0)
-    agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
     assert sae.metadata["folds"] == ["gate_to_threshold"]
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
 @pytest.mark.parametrize("rescale", [True, False])
-def test_training_checkpoints_of_batch_topk_are_read_with_their_threshold(architecture, rescale, published, tiny, x, agree):
+def test_training_checkpoints_of_batch_topk_are_read_with_their_threshold(architecture, rescale, published, tiny, x, assert_agree):
     path = published(tensors={"topk_threshold": np.array(0.4)}, architecture=architecture, rescale_acts_by_decoder_norm=rescale, k=7.5)
     z, wide = pre_activations(tiny, x)
     norms = np.linalg.norm(wide["W_dec"], axis=1) if rescale else np.ones(F)
     codes = np.where(z * norms > 0.4, z * norms, 0)
-    agree(read_sae_arrays(path, None), x, codes, (codes / norms) @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(read_sae_arrays(path, None), x, codes, (codes / norms) @ wide["W_dec"] + wide["b_dec"])
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-def test_a_scale_of_the_input_is_folded_from_the_training_folder(rescale, published, tiny, x, keep, agree):
+def test_a_scale_of_the_input_is_folded_from_the_training_folder(rescale, published, tiny, x, keep, assert_agree):
     path = published(normalize_activations="expected_average_only_in", rescale_acts_by_decoder_norm=rescale)
     with pytest.raises(InputError, match=r"add the training run's activation_scaler\.json"):
         read_sae_arrays(path, None)
@@ -119,14 +119,14 @@ def test_a_scale_of_the_input_is_folded_from_the_training_folder(rescale, publis
     z, wide = pre_activations(tiny, 0.6 * x.astype(np.float64))
     norms = np.linalg.norm(wide["W_dec"], axis=1) / 0.6 if rescale else np.ones(F)
     codes = keep(z * norms)
-    agree(read_sae_arrays(path, None), x, codes, ((codes / norms) @ wide["W_dec"] + wide["b_dec"]) / 0.6)
+    assert_agree(read_sae_arrays(path, None), x, codes, ((codes / norms) @ wide["W_dec"] + wide["b_dec"]) / 0.6)
     for value in (0, "x", -1):
         (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": value}))
         with pytest.raises(SourceError, match="scaling_factor in activation_scaler"):
             read_sae_arrays(path, None)
 
 
-def test_configs_of_before_version_6_are_migrated(published, tiny, x, keep, agree):
+def test_configs_of_before_version_6_are_migrated(published, tiny, x, keep, assert_agree):
     older = {
         "activation_fn_str": "topk",
         "activation_fn_kwargs": {"k": K},
@@ -139,7 +139,7 @@ def test_configs_of_before_version_6_are_migrated(published, tiny, x, keep, agre
     gone = dict.fromkeys(["architecture", "k", "metadata", "apply_b_dec_to_input", "reshape_activations", "rescale_acts_by_decoder_norm"])
     sae = read_sae_arrays(published(tensors={"scaling_factor": np.ones(F, np.float32)}, **{**gone, **older}), None)
     z, wide = pre_activations(tiny, x)
-    agree(sae, x, keep(z), keep(z) @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, keep(z), keep(z) @ wide["W_dec"] + wide["b_dec"])
     assert (sae.metadata["layer"], sae.metadata["model_name"]) == (7, "gpt2")
 
 

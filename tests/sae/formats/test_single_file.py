@@ -16,12 +16,12 @@ def content(tiny, names) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("names, expected", [(GOODFIRE, "goodfire"), (DEEPSEEK, "deepseek")])
-def test_relu_files_of_goodfire_and_deepseek_give_the_same_codes(names, expected, tiny, x, agree, tmp_path):
+def test_relu_files_of_goodfire_and_deepseek_give_the_same_codes(names, expected, tiny, x, assert_agree, tmp_path):
     torch.save({name: torch.from_numpy(array) for name, array in content(tiny, names).items()}, tmp_path / "x.pt")
     sae = read_sae_arrays(tmp_path / "x.pt", 19)
     wide = {name: array.astype(np.float64) for name, array in tiny.items()}
     codes = np.maximum(x @ wide["W_enc"].T + wide["b_enc"], 0)
-    agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
     assert (sae.metadata["format"], sae.metadata["layer"], sae.metadata["hook_name"]) == (expected, 19, "blocks.19.hook_resid_post")
     with pytest.raises(InputError, match="whose activation is relu; leave activation out"):
         read_sae_arrays(tmp_path / "x.pt", 19, activation="topk")

@@ -36,11 +36,11 @@ def published(tmp_path, tiny):
     return write
 
 
-def test_sparsify_files_give_the_same_codes(published, tiny, x, keep, agree):
+def test_sparsify_files_give_the_same_codes(published, tiny, x, keep, assert_agree):
     sae = read_sae_arrays(published(), None)
     wide = {name: array.astype(np.float64) for name, array in tiny.items()}
     codes = keep(np.maximum((x - wide["b_dec"]) @ wide["W_enc"].T + wide["b_enc"], 0))
-    agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+    assert_agree(sae, x, codes, codes @ wide["W_dec"] + wide["b_dec"])
     assert (sae.k, sae.apply_b_dec_to_input, sae.metadata["layer"]) == (K, True, 4)
     for name, array in tiny.items():
         assert sae.tensors()[name].tobytes() == array.tobytes() and isinstance(sae.tensors()[name].base, np.memmap)
