@@ -86,7 +86,7 @@ def checked_orbax_entries(source: Source, config: ModelConfig) -> tuple[dict[str
 
 
 def read_entries(source: Source) -> dict[str, OrbaxEntry]:
-    """Every tensor of the folder; the sizes of its files are compared with the manifest where there is one.
+    """Every tensor of the folder, whose files must have the sizes that its manifest says.
 
     Raises:
         SourceError: a file is missing, truncated or not what the layout says, or a tensor lies in two groups.
@@ -299,10 +299,13 @@ def _metadata(group: Path) -> dict[str, Any]:
 
 
 def _check_sizes(folder: Path) -> None:
+    """Find missing and cut files before Orbax does: it reads with many tasks at once, and where one fails the others complain on stderr."""
     if not (folder / MANIFEST_FILE).is_file():
-        return
+        raise SourceError(f"{folder}: has no {MANIFEST_FILE}, without which nobody knows whether it is whole; copy or convert the folder again")
     files = read_json(folder / MANIFEST_FILE).get("files")
-    for name, facts in files.items() if isinstance(files, dict) else ():
+    if not isinstance(files, dict):
+        raise SourceError(f"{folder}: {MANIFEST_FILE} lists no files; copy or convert the folder again")
+    for name, facts in files.items():
         size = facts.get("bytes") if isinstance(facts, dict) else None
         if name.startswith(f"{WEIGHTS}/") and (not (folder / name).is_file() or (folder / name).stat().st_size != size):
             raise SourceError(f"{folder}: {name} is missing or not of the {size} bytes that {MANIFEST_FILE} says; copy the folder again")

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import subprocess
@@ -84,8 +85,8 @@ def test_every_device_of_a_mesh_gets_its_slices(make_reference, tmp_path, mesh, 
 
 def test_layers_of_mixed_dtypes_keep_them_and_a_dtype_asked_for_is_rounded_to(folder):
     group = read_group(folder / "weights" / "layer_00000")
-    (folder / "manifest.json").unlink()
     save_group(folder, "layer_00000", {name: x if "norm" in name else x.astype(jnp.bfloat16) for name, x in group.items()})
+    sign(folder)
     first, second, _ = load_model(folder, scan=False).decoder.layers
     assert first.mixer.q_proj[...].dtype == jnp.bfloat16 and first.input_norm[...].dtype == jnp.float32
     assert second.mixer.q_proj[...].dtype == jnp.float32
@@ -168,10 +169,20 @@ def cut_data(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def without_manifest(spoil):
+def sign(folder: Path) -> None:
+    """Make the manifest agree with what is there, so that what is wrong lies deeper."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    manifest["files"] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in files
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def signed(spoil):
     def change(folder: Path) -> None:
-        (folder / "manifest.json").unlink()
         spoil(folder)
+        sign(folder)
 
     return change
 
@@ -182,7 +193,7 @@ def edit_group(change, group="layer_00001"):
         change(arrays)
         save_group(folder, group, arrays)
 
-    return without_manifest(spoil)
+    return signed(spoil)
 
 
 def edit_config(**changes):
@@ -204,12 +215,13 @@ NAME = "model.layers.1.mlp.up_proj.weight"
     ("spoil", "error", "message"),
     [
         (cut_data, SourceError, "missing or not of the .* bytes that manifest.json says"),
-        (without_manifest(cut_data), SourceError, "layer_00001: the Orbax checkpoint is damaged or incomplete"),
-        (without_manifest(lambda f: (f / "weights/shared/_CHECKPOINT_METADATA").unlink()), SourceError, "shared: the Orbax checkpoint is damaged"),
-        (without_manifest(lambda f: shutil.rmtree(f / "weights/shared/state")), SourceError, "shared: the Orbax checkpoint is damaged"),
+        (lambda f: (f / "manifest.json").unlink(), SourceError, "has no manifest.json, without which nobody knows"),
+        (lambda f: (f / "manifest.json").write_text('{"files": 3}'), SourceError, "manifest.json lists no files"),
+        (signed(lambda f: (f / "weights/shared/_CHECKPOINT_METADATA").unlink()), SourceError, "shared: the Orbax checkpoint is damaged"),
+        (signed(lambda f: shutil.rmtree(f / "weights/shared/state")), SourceError, "shared: the Orbax checkpoint is damaged"),
         (lambda f: shutil.rmtree(f / "weights/layer_00001"), SourceError, "layer_00001/.* is missing"),
-        (without_manifest(lambda f: shutil.rmtree(f / "weights/layer_00001")), SourceError, "11 tensors are missing, first model.layers.1"),
-        (without_manifest(lambda f: shutil.copytree(f / "weights/layer_00001", f / "weights/x")), SourceError, "lies in layer_00001 and in x"),
+        (signed(lambda f: shutil.rmtree(f / "weights/layer_00001")), SourceError, "11 tensors are missing, first model.layers.1"),
+        (signed(lambda f: shutil.copytree(f / "weights/layer_00001", f / "weights/x")), SourceError, "lies in layer_00001 and in x"),
         (edit_group(lambda a: a.pop(NAME)), SourceError, "1 tensors are missing, first model.layers.1.mlp.up_proj.weight"),
         (edit_group(lambda a: a.update({"model.layers.1.x": np.ones(2)})), ArchitectureError, "no place in a qwen3 decoder, first model.layers.1.x"),
         (edit_group(lambda a: a.update({NAME: a[NAME].T.copy()})), ShapeError, r"has shape \(32, 48\), config.json demands \(48, 32\)"),
@@ -233,7 +245,7 @@ def test_values_too_large_for_the_dtype_asked_for_are_refused(folder):
 
 
 def test_a_damaged_checkpoint_says_nothing_on_stderr(folder):
-    without_manifest(cut_data)(folder)
+    cut_data(folder)
     program = (
         "import sys\nfrom qscope_jax.models.language_model import load_model\n"
         "try: load_model(sys.argv[1])\nexcept Exception as error: print(type(error).__name__, {'torch', 'transformers'} & set(sys.modules))"
