@@ -9,15 +9,11 @@
 A group above `_GROUP_BYTES` goes on in `layer_00000.1` and so on, so that whoever reads or writes holds little; readers take any grouping.
 """
 
-import contextlib
-import errno
 import gc
-import logging
-import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qscope_jax.data.files import read_json, write_json
 from qscope_jax.data.hub import Source
+from qscope_jax.data.orbax_arrays import describe_arrays, read_arrays, write_arrays
 from qscope_jax.data.resumable import MANIFEST_FILE, ResumableFolder
 from qscope_jax.errors import ShapeError, SourceError
 from qscope_jax.models.config import DTYPES, ModelConfig
@@ -48,8 +45,6 @@ from qscope_jax.parallel.rules import parameter_sharding
 
 WEIGHTS = "weights"
 _GROUP_BYTES = 400_000_000
-_CHUNK_BYTES = 64 << 20  # what one device's slice is read in; also bounds the writer's copies
-_SPARE_BYTES = 1 << 20  # metadata of a checkpoint
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _Sized = TypeVar("_Sized", bound=Any)
 
@@ -95,7 +90,7 @@ def read_entries(source: Source) -> dict[str, OrbaxEntry]:
     _check_sizes(source.folder)
     entries: dict[str, OrbaxEntry] = {}
     for group in sorted(path for path in (source.folder / WEIGHTS).iterdir() if path.is_dir() and not path.name.startswith(".")):
-        for name, facts in _metadata(group).items():
+        for name, facts in describe_arrays(group.resolve()).items():
             if name in entries:
                 raise SourceError(f"{source.name}: tensor {name} lies in {entries[name].group.name} and in {group.name}; expected it once")
             entries[name] = OrbaxEntry(group, name, np.dtype(facts.dtype), tuple(facts.shape))
@@ -108,10 +103,7 @@ def read_group(group: Path) -> dict[str, np.ndarray]:
     Raises:
         SourceError: the checkpoint is damaged.
     """
-    from orbax.checkpoint import v1 as ocp
-
-    with _reading(group):
-        return {name: np.asarray(array) for name, array in ocp.load(str(group.resolve())).items()}
+    return read_arrays(group.resolve())
 
 
 def load_orbax(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: bool = False) -> Decoder:
@@ -190,17 +182,8 @@ def write_group(folder: ResumableFolder, group: str, arrays: Mapping[str, np.nda
     Raises:
         SourceError: the disk is full or writing failed.
     """
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    # Weights hardly compress; stored as they are, they are written and read twice as fast.
-    context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    with folder.unit(f"{WEIGHTS}/{group}") as path, _quiet(), context:
-        # Asked beforehand: where a disk fills up under Orbax, threads of its libraries print pages of their own.
-        if shutil.disk_usage(path.parent).free < sum(array.nbytes for array in arrays.values()) + _SPARE_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        ocp.save(str(path), dict(arrays))
+    with folder.unit(f"{WEIGHTS}/{group}") as path:
+        write_arrays(path, arrays)
 
 
 def write_companions(folder: ResumableFolder, config: Mapping[str, Any] | Path, carry_from: Source | None, extra: Sequence[str] = ()) -> None:
@@ -240,12 +223,9 @@ class _Slot:
 
 def _load_group(group: Path, entries: Sequence[OrbaxEntry], slots: Mapping[str, _Slot], arrays: dict[int, jax.Array]) -> None:
     """Load a group and put its tensors where they belong."""
-    from orbax.checkpoint import v1 as ocp
-
     wanted = {entry.name: jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=slots[entry.name].part_sharding)
               for entry in entries if entry.name in slots}  # fmt: skip
-    with _reading(group):
-        parts = ocp.load(str(group.resolve()), {entry.name: wanted.get(entry.name, ocp.PLACEHOLDER) for entry in entries})
+    parts = read_arrays(group.resolve(), {entry.name: wanted.get(entry.name) for entry in entries})
     names = list(wanted)
     finite, fits = _finite([parts[name] for name in names], tuple(slots[name].dtype.name for name in names))
     for name, is_finite, does_fit in zip(names, *jax.device_get((finite, fits)), strict=True):
@@ -288,16 +268,6 @@ def _by_group(entries: Mapping[str, OrbaxEntry]) -> dict[Path, list[str]]:
     return groups
 
 
-def _metadata(group: Path) -> dict[str, Any]:
-    from orbax.checkpoint import v1 as ocp
-
-    with _reading(group):
-        found = ocp.metadata(str(group.resolve())).metadata
-    if not isinstance(found, dict) or not all(hasattr(facts, "shape") and hasattr(facts, "dtype") for facts in found.values()):
-        raise SourceError(f"{group}: holds something else than tensors by their Hugging Face names; expected a folder that this program wrote")
-    return found
-
-
 def _check_sizes(folder: Path) -> None:
     """Find missing and cut files before Orbax does: it reads with many tasks at once, and where one fails the others complain on stderr."""
     if not (folder / MANIFEST_FILE).is_file():
@@ -309,32 +279,3 @@ def _check_sizes(folder: Path) -> None:
         size = facts.get("bytes") if isinstance(facts, dict) else None
         if name.startswith(f"{WEIGHTS}/") and (not (folder / name).is_file() or (folder / name).stat().st_size != size):
             raise SourceError(f"{folder}: {name} is missing or not of the {size} bytes that {MANIFEST_FILE} says; copy the folder again")
-
-
-@contextlib.contextmanager
-def _reading(group: Path) -> Iterator[None]:
-    """Turn whatever Orbax says about a damaged checkpoint into one line."""
-    try:
-        with _quiet():
-            yield
-    except Exception as error:  # Orbax, tensorstore and the file system each have their own
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = said if len(said) <= 150 else said[:150] + " ..."
-        raise SourceError(f"{group}: the Orbax checkpoint is damaged or incomplete ({reason}); copy or convert it again") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Orbax and asyncio, through which it runs, log on every task that fails when one has; the error itself is raised."""
-    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
-    silence: Callable[[logging.LogRecord], bool] = lambda record: False  # noqa: E731
-    for logger in loggers:
-        logger.addFilter(silence)
-    try:
-        yield
-    except Exception:
-        gc.collect()  # asyncio logs when the tasks are collected
-        raise
-    finally:
-        for logger in loggers:
-            logger.removeFilter(silence)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qscope_jax.data import orbax_arrays
 from qscope_jax.data.hub import open_source
 from qscope_jax.data.resumable import verify_manifest
 from qscope_jax.errors import ArchitectureError, InputError, QscopeError, ShapeError, SourceError
@@ -256,7 +257,7 @@ def test_a_damaged_checkpoint_says_nothing_on_stderr(folder):
 
 def test_a_disk_without_room_is_found_before_orbax_writes(folder, tmp_path, monkeypatch, capfd):
     model = load_model(folder)
-    monkeypatch.setattr(orbax_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
+    monkeypatch.setattr(orbax_arrays.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
     with pytest.raises(SourceError, match="new: the disk is full; nothing is left behind"):
         model.save(tmp_path / "new", format="orbax")
     assert [path.name for path in tmp_path.iterdir()] == ["orbax"] and capfd.readouterr() == ("", "")

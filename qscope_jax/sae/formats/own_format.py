@@ -12,10 +12,10 @@ from typing import Any
 
 from qscope_jax.data.files import atomic_path, read_json, write_json
 from qscope_jax.data.hub import Source
+from qscope_jax.data.orbax_arrays import read_arrays, write_arrays
 from qscope_jax.errors import ArchitectureError, InputError, ShapeError, SourceError
 from qscope_jax.sae.arrays import SAEArrays, check_floating
 from qscope_jax.sae.formats.mapped_tensors import map_safetensors, write_safetensors
-from qscope_jax.sae.formats.orbax_tensors import read_orbax, write_orbax
 
 CONFIG_FILE = "sae.json"
 """The file that makes a folder one of ours."""
@@ -58,7 +58,7 @@ def read_layer(source: Source, layer: int) -> SAEArrays:
     if config["storage"] == "orbax":
         if source.folder is None:
             raise SourceError(f"{source.name}: holds Orbax checkpoints, which are read from a local folder; download it first")
-        where, tensors = str(source.folder / name), read_orbax(source.folder / name)
+        where, tensors = str(source.folder / name), read_arrays(source.folder / name)
     else:
         path = source.path(name)
         where, tensors = str(path), map_safetensors(path)
@@ -118,7 +118,7 @@ def write_tensors(path: Path, arrays: SAEArrays, storage: str, where: str) -> No
     arrays.validate(where)
     for name, array in arrays.tensors().items():
         check_floating(name, array, where)
-    (write_orbax if storage == "orbax" else write_safetensors)(path, arrays.tensors())
+    (write_arrays if storage == "orbax" else write_safetensors)(path, arrays.tensors())
 
 
 def add_to_config(config: Mapping[str, Any], layer: int, arrays: SAEArrays, storage: str, where: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qscope_jax.data.orbax_arrays import read_arrays
 from qscope_jax.sae.arrays import ACTIVATIONS, SAEArrays
 from qscope_jax.sae.formats import dictionary_learning, own_format, qwen_scope, sae_lens, sparsify
 from qscope_jax.sae.formats.mapped_tensors import map_safetensors
-from qscope_jax.sae.formats.orbax_tensors import read_orbax
 from qscope_jax.sae.formats.registry import read_sae_arrays
 
 _TOP_K = frozenset({"topk"})
@@ -44,7 +44,7 @@ def _own(storage: str) -> Writer:
         own_format.write_tensors(path, arrays, storage, str(path))
 
     def read_back(path: Path, layer: int, arrays: SAEArrays) -> SAEArrays:
-        return dataclasses.replace(arrays, **(read_orbax if storage == "orbax" else map_safetensors)(path))
+        return dataclasses.replace(arrays, **(read_arrays if storage == "orbax" else map_safetensors)(path))
 
     return Writer(own_format.STORAGES[storage], frozenset(ACTIVATIONS), None, write, read_back, storage=storage)
 

@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from qscope_jax.data.orbax_arrays import read_arrays, write_arrays
 from qscope_jax.errors import SourceError
-from qscope_jax.sae.formats.orbax_tensors import read_orbax, write_orbax
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def tensors():
 
 
 def test_arrays_come_back_to_the_bit(tensors, tmp_path):
-    write_orbax(tmp_path / "x", tensors)
-    back = read_orbax(tmp_path / "x")
+    write_arrays(tmp_path / "x", tensors)
+    back = read_arrays(tmp_path / "x")
     assert set(back) == set(tensors)
     for name, array in tensors.items():
         assert back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes(), name
@@ -25,8 +25,8 @@ def test_arrays_come_back_to_the_bit(tensors, tmp_path):
 
 def test_folders_that_are_missing_foreign_or_torn_are_one_clear_error(tensors, tmp_path):
     (tmp_path / "empty").mkdir()
-    write_orbax(tmp_path / "torn", tensors)
+    write_arrays(tmp_path / "torn", tensors)
     shutil.rmtree(next(path for path in (tmp_path / "torn").rglob("d") if path.is_dir()))
     for name in ("missing", "empty", "torn"):
-        with pytest.raises(SourceError, match=f"{name}: is not a complete Orbax checkpoint [^\n]*$"):
-            read_orbax(tmp_path / name)
+        with pytest.raises(SourceError, match=f"{name}: the Orbax checkpoint is damaged or incomplete [^\n]*$"):
+            read_arrays(tmp_path / name)
