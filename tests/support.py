@@ -30,7 +30,7 @@ CLAIMS = {
     "gradients": "test_remat_changes_no_gradient_and_every_weight_has_one",
     "mesh": "test_a_mesh_changes_neither_logits_nor_gradients_nor_an_optimiser_step",
     "read, written": "test_transformers_reads_what_is_saved",
-    "Orbax": "test_orbax_and_back_changes_no_bit",
+    "Orbax": "test_there_and_back_changes_no_bit",
 }
 """Column -> the test behind it."""
 

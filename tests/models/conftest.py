@@ -37,21 +37,21 @@ _SHAPES = {
         family="Gemma2", num_attention_heads=4, num_key_value_heads=2, head_dim=12, rope_theta=1e4, sliding_window=9, query_pre_attn_scalar=20,
         attn_logit_softcapping=3.0, final_logit_softcapping=5.0, layers=4,
     ),
-    # A first token's memory read is as small as its query and key are unlike; the norm behind it would blow rounding up were epsilon not large.
+    # A first token's memory read is as small as its query and key are unlike; the norm behind it would blow rounding up tenfold were epsilon small.
     "delta": dict(
-        family="Qwen3_5", num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=1e4, rms_norm_eps=1e-3, layers=4,
+        family="Qwen3_5", num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=1e4, rms_norm_eps=0.1, layers=4,
         rope=dict(rope_type="default", partial_rotary_factor=0.25), full_attention_interval=2, linear_num_key_heads=2, linear_num_value_heads=6,
         linear_key_head_dim=8, linear_value_head_dim=12,
     ),
     "delta, tied, wrapped": dict(
         family="Qwen3_5", wrapped=True, num_attention_heads=2, num_key_value_heads=1, head_dim=16, rope_theta=1e7, tie_word_embeddings=True,
-        rope=dict(rope_type="default", partial_rotary_factor=0.5, mrope_interleaved=True, mrope_section=[2, 1, 1]), layers=4, rms_norm_eps=1e-3,
+        rope=dict(rope_type="default", partial_rotary_factor=0.5, mrope_interleaved=True, mrope_section=[2, 1, 1]), layers=4, rms_norm_eps=0.1,
         linear_num_key_heads=3, linear_num_value_heads=3, linear_key_head_dim=12, linear_value_head_dim=8, linear_conv_kernel_dim=3,
     ),
     "delta, experts": dict(
         family="Qwen3_5Moe", num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=1e4, layers=4, full_attention_interval=2,
         rope=dict(rope_type="default", partial_rotary_factor=0.25), linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-        linear_value_head_dim=8, rms_norm_eps=1e-3, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+        linear_value_head_dim=8, rms_norm_eps=0.1, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
         shared_expert_intermediate_size=28,
     ),
 }  # fmt: skip

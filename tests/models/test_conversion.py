@@ -16,7 +16,7 @@ from qscope_jax.models.conversion import StoredModel, convert_model, differing_t
 from qscope_jax.models.orbax_folder import read_entries, read_group
 from qscope_jax.models.weights import INDEX_FILE, SINGLE_FILE
 
-SHAPES = ["tied", "untied", "experts", "experts in some layers", "llama, scaled", "gemma", "delta, tied, wrapped", "delta, experts"]
+SHAPES = ["tied", "untied", "experts", "experts in some layers", "llama, scaled", "gemma", "delta", "delta, tied, wrapped", "delta, experts"]
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
 
-from qscope_jax.data.hub import open_source
 from qscope_jax.features.steering import add_directions
 from qscope_jax.models.cache import init_cache
-from qscope_jax.models.conversion import convert_model
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import forward, load_model
 
@@ -44,11 +41,10 @@ def assert_close(got, expected, tolerance):
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
 
 
-def assert_gradients_close(got, expected):
-    """Within 1e-5 of each array's largest; a tenth of the largest of all counts for arrays whose every entry is a sum that nearly cancels."""
-    least = 0.1 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+def assert_all_close(got, expected, tolerance):
+    """Array by array, each measured by its own largest."""
     for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert np.abs(np.asarray(one) - np.asarray(two)).max() <= 1e-5 * max(np.abs(two).max(), least)
+        assert_close(one, two, tolerance)
 
 
 def test_padded_rows_and_packed_documents_equal_documents_alone(decoder, tokens):
@@ -96,7 +92,7 @@ def test_remat_changes_no_gradient_and_every_weight_has_one(decoder, tokens):
     other.config = type(decoder.config)(**{**vars(decoder.config), "remat": True})
     plain, recomputed = gradient(decoder), gradient(other)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
-    assert_gradients_close(recomputed, plain)
+    assert_all_close(recomputed, plain, 1e-5)
 
 
 # Epsilon far above rounding: a first step of Adam moves what has any gradient by the whole rate, in whichever direction rounding points.
@@ -124,10 +120,9 @@ def test_a_mesh_changes_neither_logits_nor_gradients_nor_an_optimiser_step(folde
     with jax.set_mesh(meshed.mesh):
         got, (grads, after) = run(meshed.decoder, tokens), step(meshed.decoder, tokens)
     assert_close(got.logits, logits, 1e-5)
-    assert_gradients_close(grads, wanted)
-    for one, two, before in zip(jax.tree.leaves(after), jax.tree.leaves(stepped), jax.tree.leaves(decoder), strict=True):
-        assert_close(one, two, 1e-5)
-        assert np.abs(np.asarray(two) - np.asarray(before)).max() > 1e-4
+    assert_all_close(grads, wanted, 1e-5)
+    assert_all_close(after, stepped, 1e-5)
+    assert all(np.abs(np.asarray(one) - np.asarray(two)).max() > 1e-4 for one, two in zip(jax.tree.leaves(stepped), jax.tree.leaves(decoder)))
 
 
 @pytest.mark.parametrize("shape", FAMILIES)
@@ -142,13 +137,3 @@ def test_transformers_reads_what_is_saved(make_reference, tmp_path, shape):
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, reference.model(tokens).logits)
-
-
-@pytest.mark.parametrize("shape", FAMILIES)
-def test_orbax_and_back_changes_no_bit(make_reference, tmp_path, shape):
-    folder = make_reference(shape).folder
-    convert_model(open_source(folder), tmp_path / "orbax", "orbax")
-    load_model(tmp_path / "orbax", scan=True).save(tmp_path / "hf")
-    expected, got = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "hf"))
-    assert expected.keys() == got.keys()
-    assert all(tensor.tobytes() == got[name].tobytes() and tensor.shape == got[name].shape for name, tensor in expected.items())
