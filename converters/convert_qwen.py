@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from rich.filesize import decimal
 
 from converters.program import run
 from qscope_jax.data.hub import Source, open_source
@@ -65,7 +66,8 @@ def convert(
     with _bar("convert", total) as progress:
         settings = dict(dtype=dtype, lossy=lossy, overwrite=overwrite)
         convert_model(opened, destination, to, **settings, progress=progress, check=check if verify else None)  # pyright: ignore[reportArgumentType]
-    print(f"{destination}: {len(model.tensors)} tensors, {total / 1e9:.2f} GB, {len(model.carried)} of them carried along")
+    carried = f", {len(model.carried)} of them carried along" if model.carried else ""
+    print(f"{destination}: {len(model.tensors)} tensors{carried}, {decimal(total)}")
 
 
 def _verify(source: Source, written: Source, dtype: str | None, progress: Progress) -> None:

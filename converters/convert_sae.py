@@ -59,7 +59,8 @@ def _progress(total: int) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     start, done = time.monotonic(), 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("layers", total=total, rate="")
 
         def report(layer: ConvertedLayer) -> None:
@@ -76,7 +77,7 @@ def _progress(total: int) -> Iterator[Any]:
 def _sentence(layer: ConvertedLayer) -> str:
     if layer.resumed:
         return f"layer {layer.layer}: finished by an earlier run"
-    folds = f", rewritten by {', '.join(layer.folds)}" if layer.folds else ""
+    folds = f", folds: {', '.join(layer.folds)}" if layer.folds else ""
     changes = "".join(f"\n  changed: {change}" for change in layer.changes)
     return f"layer {layer.layer}: {layer.shape[0]} features of width {layer.shape[1]}, k {layer.k}{folds}; {layer.outcome}{changes}"
 

@@ -30,6 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Free a module's compiled programs: each takes several memory maps, of which a process has 65,530, and LLVM crashes beyond."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., ModelConfig]:
     """Factory of Qwen3 configs that compile in about a second; keywords replace fields.

@@ -59,7 +59,7 @@ class ConvertedLayer:
         resumed: Whether an earlier run had finished it; then nothing else is known.
         shape: F and D.
         k: Active features a token.
-        folds: Names of the exact rewritings applied.
+        folds: Names of the exact rewritings that it has been through, here and before.
         changes: What was changed in a lossy way, one sentence each.
         outcome: What the comparison found, in words.
     """

@@ -78,7 +78,7 @@ def test_there_and_back_is_the_same_to_the_bit(released, run, tmp_path):
 def test_a_release_becomes_what_other_libraries_read(to, released, run, tmp_path):
     answer = run(released, tmp_path / "out", to, "--layers", "1,3")
     folded = to in ("sparsify", "dictionary_learning")
-    assert answer.status == 0 and answer.out.count("rewritten by b_dec_into_input" if folded else "equal to the bit") == 2
+    assert answer.status == 0 and answer.out.count("folds: b_dec_into_input" if folded else "equal to the bit") == 2
     assert "2 layers in the" in answer.out and load_sae(tmp_path / "out", 3).k == K
 
 
