@@ -45,14 +45,19 @@ class SupportTable:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-        """Note the outcome of a test behind a claim."""
+        """Mark the report of a test behind a claim, so that it is known where reports arrive, be it in another process."""
         report = yield
         name = getattr(item, "originalname", item.name)
         if name in CLAIMS.values() and (report.when == "call" or report.outcome != "passed"):
             parameters = item.callspec.params if hasattr(item, "callspec") else {}  # pyright: ignore[reportAttributeAccessIssue]
             for shape in (value for key, value in parameters.items() if key in ("shape", "folder", "reference")):
-                self.passed[name, shape] = self.passed.get((name, shape), True) and report.outcome == "passed"
+                report.user_properties.append(("claim", (name, shape)))
         return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note the outcome of a test behind a claim."""
+        for name, shape in (value for key, value in report.user_properties if key == "claim"):
+            self.passed[name, shape] = self.passed.get((name, shape), True) and report.outcome == "passed"
 
     def table(self) -> str:
         """The table in Markdown."""
@@ -67,6 +72,8 @@ class SupportTable:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the table, or fail the run where README says something else."""
+        if hasattr(session.config, "workerinput"):
+            return  # one of several processes; the one that started them has all reports
         text = README.read_text(encoding="utf-8")
         before, rest = text.split(_BEGIN)
         old, after = rest.split(_END)

@@ -39,11 +39,14 @@ def test_24_greedy_tokens_are_those_of_transformers(shape, scan, make_reference,
 
     reference = make_reference(shape)
     model = LanguageModel(load_model(reference.folder, scan=scan).decoder, tokenizer=number_tokenizer)
-    for prompt, completion in zip(PROMPTS, model.generate(PROMPTS, max_new_tokens=24, stop_token_ids=()), strict=True):
+    completions = model.generate(PROMPTS, max_new_tokens=24, stop_token_ids=())
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
         ids = torch.tensor([ids_of(prompt)])
         expected = reference.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
         assert list(completion.token_ids) == expected[0, ids.shape[1] :].tolist()
-        assert len(set(completion.token_ids)) > 3 and not completion.stopped
+        assert not completion.stopped
+    # Random models soon repeat themselves; were they to say one thing whatever they read, the comparison would be worth little.
+    assert len({token for completion in completions for token in completion.token_ids}) > 8
 
 
 def test_greedy_tokens_are_the_most_probable_ones_of_a_full_pass(model):
