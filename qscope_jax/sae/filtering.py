@@ -27,11 +27,16 @@ def ordinary_tokens(
     """
     mask = segment_ids > 0
     if drop_first:
-        mask &= jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)))
+        mask &= ~first_tokens(segment_ids)
     if max_norm_multiple:
         norms = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
         mask &= norms <= max_norm_multiple * median_norm(norms, segment_ids > 0)
     return mask
+
+
+def first_tokens(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True at the first token of every document (and of every stretch of padding)."""
+    return ~jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
 def median_norm(norms: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:

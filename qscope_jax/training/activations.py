@@ -16,11 +16,11 @@ from qscope_jax.data.batches import TokenBatch
 from qscope_jax.errors import ConfigError, InputError, SourceError
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import forward
-from qscope_jax.sae.filtering import MAX_NORM_MULTIPLE, ordinary_tokens
+from qscope_jax.sae.filtering import MAX_NORM_MULTIPLE, first_tokens, ordinary_tokens
 from qscope_jax.training.checkpoint import StreamState
 from qscope_jax.training.tokens import TokenStream
 
-_EMPTY_BATCHES = 50
+EMPTY_BATCHES = 50
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ActivationStream:
         self._buffer: Array | None = None
         # Rows of the buffer that hold tokens, rows of it already served, and refills so far.
         self._filled, self._served, self._refills = 0, 0, 0
-        self.seen_tokens, self.dropped_tokens = 0, 0
+        self.seen_tokens, self.dropped_tokens, self.damaged_tokens = 0, 0, 0
 
     def __next__(self) -> Float[Array, "M N D"]:
         """The next batch, in the model's dtype."""
@@ -92,7 +92,7 @@ class ActivationStream:
         buffer = self._empty() if self._buffer is None else self._buffer
         tokens = self.tokens.get_state()
         cursor = {"filled": self._filled, "served": self._served, "refills": self._refills, "seen": self.seen_tokens,
-                  "dropped": self.dropped_tokens, "tokens": dict(tokens.cursor)}  # fmt: skip
+                  "dropped": self.dropped_tokens, "damaged": self.damaged_tokens, "tokens": dict(tokens.cursor)}  # fmt: skip
         return StreamState({"buffer": buffer}, cursor)
 
     def set_state(self, state: StreamState) -> None:
@@ -100,7 +100,7 @@ class ActivationStream:
         cursor = state.cursor
         self._buffer = state.arrays["buffer"] if cursor["refills"] else None
         self._filled, self._served, self._refills = cursor["filled"], cursor["served"], cursor["refills"]
-        self.seen_tokens, self.dropped_tokens = cursor["seen"], cursor["dropped"]
+        self.seen_tokens, self.dropped_tokens, self.damaged_tokens = cursor["seen"], cursor["dropped"], cursor["damaged"]
         self.tokens.set_state(StreamState({}, cursor["tokens"]))
 
     def _refill(self) -> None:
@@ -108,30 +108,19 @@ class ActivationStream:
         buffer = self._empty() if self._buffer is None else _shift(self._buffer, jnp.int32(self._served))
         filled, empty = self._filled - self._served, 0
         while filled < self.capacity:
-            batch = next(self.tokens)
-            x_MBTD, mask_BT = self._run(batch)
-            if not bool(jnp.all(jnp.isfinite(x_MBTD))):
-                raise SourceError("the model's residual stream holds NaN or infinite values; its weights are damaged, or its dtype is too narrow")
-            count = int(jnp.sum(mask_BT))
+            tapped = tap(self.decoder, next(self.tokens), self.config)
+            count = int(jnp.sum(tapped.mask_BT))
             empty = 0 if count else empty + 1
-            if empty > _EMPTY_BATCHES:
-                raise InputError(f"{empty} batches in a row held no token that counts; the texts are too short, or the norm filter drops all")
-            buffer = _append(buffer, x_MBTD, mask_BT, jnp.int32(filled))
+            if empty > EMPTY_BATCHES:
+                raise no_token_counts(empty, int(tapped.damaged))
+            buffer = _append(buffer, tapped.x_MBTD, tapped.mask_BT, jnp.int32(filled))
             filled += count
-            seen = int((batch.segment_ids_BT > 0).sum())
-            self.seen_tokens += seen
-            self.dropped_tokens += seen - count
+            self.seen_tokens += int(tapped.seen)
+            self.dropped_tokens += int(tapped.seen) - count
+            self.damaged_tokens += int(tapped.damaged)
         key = jax.random.fold_in(jax.random.key(self.config.seed), self._refills)
         self._buffer = _mix(buffer, key, self.capacity)
         self._filled, self._served, self._refills = filled, 0, self._refills + 1
-
-    def _run(self, batch: TokenBatch) -> tuple[Float[Array, "M B T D"], Bool[Array, "B T"]]:
-        """Residual streams of the tapped layers, and the tokens that count in all of them."""
-        layers = self.config.layers
-        taps = jnp.asarray(layers, jnp.int32)
-        out = forward(self.decoder, batch.tokens_BT, batch.segment_ids_BT, (), taps, stop_after=max(layers))
-        assert out.residuals is not None
-        return out.residuals, _filter(out.residuals, jnp.asarray(batch.segment_ids_BT), self.config.max_norm_multiple, self.config.drop_first)
 
     def _empty(self) -> Array:
         """A buffer with room for one model batch beyond its capacity."""
@@ -139,10 +128,52 @@ class ActivationStream:
         return jnp.zeros((len(self.config.layers), rows, self.decoder.config.d_model), self.decoder.config.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TappedStreams:
+    """Residual streams of one model batch.
+
+    Attributes:
+        x_MBTD: Streams of the tapped layers, in the model's dtype.
+        mask_BT: Tokens that count in all of them.
+        seen: Tokens that are no padding.
+        damaged: Those among them whose stream is NaN or infinite in some layer; never in the mask.
+    """
+
+    x_MBTD: Float[Array, "M B T D"]
+    mask_BT: Bool[Array, "B T"]
+    seen: Int[Array, ""]
+    damaged: Int[Array, ""]
+
+
+def tap(decoder: Decoder, batch: TokenBatch, config: ActivationConfig) -> TappedStreams:
+    """Run the model up to the highest tapped layer, and say which tokens count: no padding, outlier, first or damaged token."""
+    taps = jnp.asarray(config.layers, jnp.int32)
+    out = forward(decoder, batch.tokens_BT, batch.segment_ids_BT, (), taps, stop_after=max(config.layers))
+    assert out.residuals is not None
+    return _filter(out.residuals, jnp.asarray(batch.segment_ids_BT), config.max_norm_multiple, config.drop_first)
+
+
+def no_token_counts(batches: int, damaged: int) -> InputError | SourceError:
+    """The error for many batches in a row without a token that counts."""
+    if damaged:
+        return SourceError(
+            f"the model's residual stream was NaN or infinite in {batches} batches in a row; its weights are damaged, or its dtype is too narrow"
+        )
+    return InputError(f"{batches} batches in a row held no token that counts; the texts are too short, or the norm filter drops all")
+
+
 @partial(jax.jit, static_argnames=("multiple", "drop_first"))
-def _filter(x_MBTD: Array, segment_ids: Int[Array, "B T"], multiple: float, drop_first: bool) -> Bool[Array, "B T"]:
-    masks = [ordinary_tokens(x, segment_ids, max_norm_multiple=multiple, drop_first=drop_first) for x in x_MBTD]
-    return jnp.stack(masks).all(axis=0)
+def _filter(x_MBTD: Array, segment_ids: Int[Array, "B T"], multiple: float, drop_first: bool) -> TappedStreams:
+    finite_BT = jnp.all(jnp.isfinite(x_MBTD), axis=(0, 3))
+    # Damaged tokens take no part in the median that outliers are measured by.
+    healthy = jnp.where(finite_BT, segment_ids, 0)
+    masks = [ordinary_tokens(x, healthy, max_norm_multiple=multiple, drop_first=False) for x in x_MBTD]
+    mask_BT = jnp.stack(masks).all(axis=0)
+    if drop_first:
+        mask_BT &= ~first_tokens(segment_ids)
+    seen_BT = segment_ids > 0
+    return TappedStreams(x_MBTD, mask_BT, jnp.sum(seen_BT), jnp.sum(seen_BT & ~finite_BT))
 
 
 @partial(jax.jit, donate_argnames="buffer")
