@@ -105,7 +105,7 @@ def cache_activations(
         out: Folder that appears when the cache is complete.
         data: What the documents are, in JSON's terms: a run is resumed only where this, the model's files, `tokens` and `config` are the same.
         overwrite: Replace a cache that is there.
-        report: Called with the number of tokens written so far.
+        report: Called with the number of tokens written so far: when work begins, and whenever there are more.
 
     Raises:
         ConfigError: JAX runs in several processes.
@@ -125,6 +125,7 @@ def cache_activations(
             tokens.set_state(StreamState({}, place.cursor))
         if config.max_tokens is not None:
             _check_space(folder, (config.max_tokens - written) * config.token_bytes(model))
+        report(written)
         with closing(ahead(kept_tokens(model, tokens, config.filter, config.disk_dtype(model.config.dtype), place))) as batches:
             parts = ShardedTokens(batches, config.shard_tokens, max_tokens=config.max_tokens, written=written, place=place)
             for shard, group in groupby(parts, key=lambda part: part[0]):

@@ -8,6 +8,7 @@ not on layers, devices or processes, and any batch of it can be read without tho
 import hashlib
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from qscope_jax.training.checkpoint import StreamState
 
 # Files of shards that are mapped at a time: a process may have about a thousand open.
 _MAPPED = 64
+# Threads that copy rows out of them.
+_READERS = 4
 _MAX_SEED = 2**32 - 1
 
 
@@ -125,10 +128,23 @@ class CachedActivations:
         self._finalizer()
 
     def _open(self, place: dict[str, Any]) -> None:
-        # A fresh iterator: what an old one has read ahead must not leak into the place. grain's threads do not end by themselves.
-        self._iterator = iter(self._dataset)
-        self._iterator.set_state(place)
-        self._finalizer = weakref.finalize(self, self._iterator.close)
+        # A fresh iterator: what an old one has read ahead must not leak into the place. Its threads do not end by themselves.
+        iterator = iter(self._dataset)
+        iterator.set_state(place)
+        self._opened = [iterator]
+        self._finalizer = weakref.finalize(self, _close, self._opened)
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._opened:
+            raise ValueError("this stream was closed; set its state, or open another")
+        return self._opened[0]
+
+
+def _close(opened: list[grain.DatasetIterator]) -> None:
+    """Close an iterator and forget it: one that is still there when Python ends complains."""
+    while opened:
+        opened.pop().close()
 
 
 class RowOrder:
@@ -234,10 +250,18 @@ class _Reader:
         ranks[ascending] = np.arange(len(rows))
         shards, inside = np.divmod(rows[ascending], self._cache.shard_tokens)
         values = np.empty((len(layers), len(rows), self._cache.d_model), self._cache.bits)
-        for shard in np.unique(shards):
+
+        def fill(part: np.ndarray, layer: int, shard: int) -> None:
             start, stop = np.searchsorted(shards, (shard, shard + 1))
-            for part, layer in zip(values, layers, strict=True):
-                np.take(self._map(int(layer), int(shard)), inside[start:stop], axis=0, out=part[start:stop], mode="clip")
+            np.take(self._map(layer, shard), inside[start:stop], axis=0, out=part[start:stop], mode="clip")
+
+        # Several at a time: a disk answers one that waits for its answer no faster than it answers many.
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="rows") as pool:
+            tasks = [
+                pool.submit(fill, part, int(layer), int(shard)) for part, layer in zip(values, layers, strict=True) for shard in np.unique(shards)
+            ]
+            for task in tasks:
+                task.result()
         return values, ranks
 
     def _mapped(self, layer: int, shard: int) -> np.ndarray:
