@@ -189,7 +189,7 @@ def _plan(model: LanguageModel, tokens: TokenStream, config: CacheConfig, data: 
     folder = model.source.folder if model.source else None
     return {
         "source": str(folder.resolve()) if folder else model.name,
-        "revision": model.source.revision if model.source else None,
+        "revision": _revision(model),
         "source_files": source_fingerprint(folder) if folder else {},
         "model_dtype": model.config.dtype,
         "data": dict(data or {}),
@@ -198,15 +198,19 @@ def _plan(model: LanguageModel, tokens: TokenStream, config: CacheConfig, data: 
     }
 
 
+def _revision(model: LanguageModel) -> str | None:
+    """The commit of a model from the hub, whose branches move; None for a folder, which `source_fingerprint` tells from others."""
+    if model.source is None or model.source.folder is not None:
+        return None
+    return model.source.path("config.json").parent.name  # snapshots/{commit}/config.json in the hub's cache
+
+
 def _resumed(folder: ResumableFolder) -> tuple[int, Place]:
-    """Tokens in the whole shards of an earlier run, and the place after them; what follows a gap is discarded."""
+    """Tokens in the whole shards of an earlier run, and the place after them; what follows a gap is made again."""
     written, shard, place = 0, 0, Place({})
     while folder.done(shard_name(shard)):
         found = read_json(folder.path / shard_name(shard) / SHARD_FILE)
         written, shard, place = written + found["tokens"], shard + 1, Place(**found["place"])
-    for unit in folder.resumed:
-        if unit >= shard_name(shard):
-            folder.discard(unit)
     return written, place
 
 
@@ -230,7 +234,7 @@ def _facts(folder: ResumableFolder, model: LanguageModel, config: CacheConfig, a
         "format": FORMAT,
         "format_version": VERSION,
         "model": model.name,
-        "revision": model.source.revision if model.source else None,
+        "revision": _revision(model),
         "layers": config.layers,
         "d_model": model.config.d_model,
         "dtype": config.disk_dtype(model.config.dtype),

@@ -51,7 +51,8 @@ class ActivationCache:
 
     Attributes:
         folder: Where it is.
-        model: Name of the model, and `revision` of it where one was asked for.
+        model: Name of the model.
+        revision: Its commit, if it came from the hub.
         layers: 0-based, in the order they were asked for.
         d_model: Width of a row.
         dtype: Of the rows on disk.

@@ -9,10 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from qscope_jax.data.files import read_json
+from qscope_jax.data.hub import Source
 from qscope_jax.data.resumable import verify_manifest
 from qscope_jax.errors import ConfigError, InputError, SourceError
 from qscope_jax.models.language_model import LanguageModel, forward
 from qscope_jax.parallel.mesh import make_mesh
+from qscope_jax.parallel.rules import shard_tree
 from qscope_jax.training import activation_cache
 from qscope_jax.training.activation_cache import CacheConfig, cache_activations
 from qscope_jax.training.activation_files import RowsFile, read_cache
@@ -223,10 +225,18 @@ def test_a_model_whose_every_token_is_damaged_is_refused(model, token_stream, tm
 
 def test_a_mesh_changes_nothing_but_rounding(model, token_stream, tmp_path, whole):
     mesh = make_mesh("fsdp=2")
-    spread = LanguageModel(model.decoder, tokenizer=model.tokenizer, mesh=mesh)
+    spread = LanguageModel(shard_tree(model.decoder, mesh), tokenizer=model.tokenizer, mesh=mesh)
     cache_activations(spread, token_stream(epochs=1), config(dtype="float32"), tmp_path / "cache")
     streams, _ = expected(model, token_stream(epochs=1))
     np.testing.assert_allclose(stored(tmp_path / "cache", "layer1"), streams[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_from_the_hub_is_named_with_its_commit(model, token_stream, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--name/snapshots/0123abcd"
+    monkeypatch.setattr(Source, "path", lambda self, file: snapshot / file)
+    published = LanguageModel(model.decoder, Source("owner/name", "main"), tokenizer=model.tokenizer)
+    found = cache_activations(published, token_stream(), config(max_tokens=20), tmp_path / "cache")
+    assert (found.model, found.revision) == ("owner/name", "0123abcd")
 
 
 @pytest.mark.parametrize("changes", [{"layers": ()}, {"layers": (1, 1)}, {"max_tokens": 0}, {"shard_tokens": 0}, {"dtype": "int8"}])

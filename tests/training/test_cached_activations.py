@@ -99,6 +99,8 @@ def test_a_window_takes_whole_blocks_from_all_over_the_cache_and_mixes_their_row
     # A batch of 500 out of 500 blocks meets most of those it can: 63 % of them, if rows are mixed well.
     assert len(set(window[:500] // 10)) > 280
     assert np.mean(np.abs(np.diff(window)) == 1) < 0.02
+    # The next epoch's window takes other blocks: of 5 % of them, 5 % are the same by chance.
+    assert len(set(window) & set(order.window(order.windows + 3))) < 600
 
 
 @pytest.mark.parametrize(("tokens", "block"), [(1003, 8), (1000, 8), (7, 16), (17, 16)])

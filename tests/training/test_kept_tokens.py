@@ -34,6 +34,8 @@ def test_places_add_up_over_batches(model, token_stream):
     for one, other in zip(found, found[1:], strict=False):
         after, before = one.after, other.before
         assert (after.pieces, after.seen, after.dropped, after.damaged) == (before.pieces, before.seen, before.dropped, before.damaged)
+    # Every document is one piece, and every piece has its own number.
+    np.testing.assert_array_equal(np.unique(np.concatenate([kept.columns["pieces"] for kept in found])), np.arange(200))
     assert found[-1].after.pieces == 200 and found[-1].after.seen - found[-1].after.dropped == sum(map(len, found))
 
 
