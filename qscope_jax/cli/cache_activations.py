@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from qscope_jax.cli.options import Integers, check_at_least
 from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import ModelOptions, open_model
-from qscope_jax.cli.train_sae import Slice
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,6 +90,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def _texts(config: Config) -> Sequence[str]:
     """The documents that train-sae trains on."""
+    from qscope_jax.data.texts import Slice
+
     if config.data == "tiny":
         from qscope_jax.demo.corpus import documents
 

@@ -100,7 +100,7 @@ def cache_activations(
 
     Args:
         model: Whose streams are cached, on its mesh.
-        tokens: Batches from the beginning: a finite number of epochs, unless `max_tokens` is given.
+        tokens: Batches from the beginning, in one lane: a finite number of epochs, unless `max_tokens` is given.
         config: Layers, filter, sizes and dtype.
         out: Folder that appears when the cache is complete.
         data: What the documents are, in JSON's terms: a run is resumed only where this, the model's files, `tokens` and `config` are the same.
@@ -108,17 +108,12 @@ def cache_activations(
         report: Called with the number of tokens written so far: when work begins, and whenever there are more.
 
     Raises:
-        ConfigError: JAX runs in several processes.
+        ConfigError: JAX runs in several processes, or the tokens' rows or lanes do not suit the mesh.
         InputError: a layer out of range, or no token counts.
         SourceError: the model's streams are damaged, `out` exists or cannot be written, or the disk is or will be full. Whole shards stay,
             and the same call resumes.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"activations are cached by one process, this one is of {jax.process_count()}; run one process for each part of the documents"
-        )
-    for layer in config.layers:
-        model.check_layer(layer)
+    _check(model, tokens, config)
     with ResumableFolder(Path(out), _plan(model, tokens, config, data), overwrite=overwrite, replaceable=holds_cache) as folder:
         written, place = _resumed(folder)
         if written:
@@ -183,6 +178,18 @@ class _Norms:
         """Mean squared norm, and the middle of the bin that the median lies in."""
         place = int(np.searchsorted(np.cumsum(self.bins), (self.count + 1) // 2))
         return {"mean_squared_norm": self.squares / self.count, "median_norm": 2.0 ** ((place + 0.5) / _BINS - _OCTAVES)}
+
+
+def _check(model: LanguageModel, tokens: TokenStream, config: CacheConfig) -> None:
+    if (processes := jax.process_count()) > 1:
+        raise ConfigError(f"activations are cached by one process, this one is of {processes}; run one process for each part of the documents")
+    if tokens.lanes != 1:
+        raise ConfigError(f"the tokens come in {tokens.lanes} lanes, of which the shortest would end the cache; expected lanes = 1")
+    axes = model.mesh.shape
+    if tokens.shape[0] % (axes["data"] * axes["fsdp"]):
+        raise ConfigError(f"the model's batch has {tokens.shape[0]} rows, expected a multiple of data={axes['data']} times fsdp={axes['fsdp']}")
+    for layer in config.layers:
+        model.check_layer(layer)
 
 
 def _plan(model: LanguageModel, tokens: TokenStream, config: CacheConfig, data: Mapping[str, Any] | None) -> dict[str, Any]:

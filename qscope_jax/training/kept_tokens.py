@@ -132,9 +132,8 @@ def kept_tokens(model: LanguageModel, tokens: TokenStream, config: ActivationCon
         batch = next(tokens, None)
         following = None
         if batch is not None:
-            with jax.set_mesh(model.mesh):
-                tapped = tap(model.decoder, batch, config)
-                following = (cursor, batch, tapped, _keep(tapped.x_MBTD, tapped.mask_BT, dtype))
+            tapped = tap(model.decoder, batch, config, model.mesh)
+            following = (cursor, batch, tapped, _keep(tapped.x_MBTD, tapped.mask_BT, dtype))
         if computing is not None:
             done = _on_host(*computing, before=place)
             yield done

@@ -223,11 +223,13 @@ def test_a_model_whose_every_token_is_damaged_is_refused(model, token_stream, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mesh_changes_nothing_but_rounding(model, token_stream, tmp_path, whole):
-    mesh = make_mesh("fsdp=2")
+@pytest.mark.parametrize("axes", ["fsdp=2", "data=2,tensor=2"])
+def test_a_mesh_changes_nothing_but_rounding(axes, model, token_stream, tmp_path):
+    mesh = make_mesh(axes)
     spread = LanguageModel(shard_tree(model.decoder, mesh), tokenizer=model.tokenizer, mesh=mesh)
     cache_activations(spread, token_stream(epochs=1), config(dtype="float32"), tmp_path / "cache")
-    streams, _ = expected(model, token_stream(epochs=1))
+    streams, ids = expected(model, token_stream(epochs=1))
+    np.testing.assert_array_equal(stored(tmp_path / "cache", "tokens", "token_ids"), ids)
     np.testing.assert_allclose(stored(tmp_path / "cache", "layer1"), streams[1], rtol=1e-4, atol=1e-4)
 
 
@@ -245,9 +247,12 @@ def test_impossible_settings_are_refused(changes):
         config(**changes)
 
 
-def test_a_layer_out_of_range_and_several_processes_are_refused(model, token_stream, tmp_path, monkeypatch):
+def test_layers_processes_and_rows_that_do_not_suit_are_refused_before_anything_is_written(model, token_stream, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="layer 2 is out of range"):
         cache_activations(model, token_stream(epochs=1), config(layers=(2,)), tmp_path / "cache")
+    spread = LanguageModel(model.decoder, tokenizer=model.tokenizer, mesh=make_mesh("data=3"))
+    with pytest.raises(ConfigError, match="4 rows, expected a multiple of data=3"):
+        cache_activations(spread, token_stream(epochs=1), config(), tmp_path / "cache")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match="cached by one process, this one is of 2"):
         cache_activations(model, token_stream(epochs=1), config(), tmp_path / "cache")
@@ -256,4 +261,4 @@ def test_a_layer_out_of_range_and_several_processes_are_refused(model, token_str
 
 def test_the_manifest_says_how_its_statistics_were_made(whole):
     found = read_json(whole.folder / "manifest.json")
-    assert "histogram" in found["statistics_note"] and found["plan"]["stream"]["stream"]["documents"] == 200
+    assert "histogram" in found["statistics_note"] and found["plan"]["stream"]["places"]["0"]["stream"]["documents"] == 200
