@@ -29,9 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--shapes", type=int, default=1, help="how many of the two shapes to run")
-    parser.add_argument(
-        "--peers", nargs="*", default=["sparsify"], choices=list(PEERS), help="libraries to run beside; none: our step alone"
-    )
+    parser.add_argument("--peers", nargs="*", default=["sparsify"], choices=list(PEERS), help="libraries to run beside; none: our step alone")
     parser.add_argument("--their-optimizer", choices=("own", "adam"), default="own")
     parser.add_argument("--layers", type=int, default=1, help="SAEs of our side that are trained at once, each on as many tokens")
     arguments = parser.parse_args()

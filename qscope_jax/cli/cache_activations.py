@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qscope_jax.cli.options import Integers, check_at_least
 from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import ModelOptions, open_model
-from qscope_jax.errors import ConfigError
+from qscope_jax.cli.training_data import split_documents, tokenize_documents
 
 if TYPE_CHECKING:
     from qscope_jax.models.language_model import LanguageModel
@@ -65,10 +65,8 @@ def run(config: Config) -> dict[str, Any]:
 
     check_at_least(config, 1, "model_batch", "limit", "max_tokens", "shard_tokens")
     check_at_least(config, 2, "sequence_length")
-    if not 0 <= config.holdout_share < 1:
-        raise ConfigError(f"holdout_share is {config.holdout_share}, expected 0 to below 1")
     check_writable(config.out, folder=True)
-    texts = _texts(config)
+    texts, _ = split_documents(config)
     model = open_model(config.model, config.dtype, config.mesh)
     settings = CacheConfig(
         tuple(range(model.config.num_layers)) if config.layers is None else config.layers, max_tokens=config.max_tokens,
@@ -88,35 +86,11 @@ def run(config: Config) -> dict[str, Any]:
     return _show(cache, resumed, time.monotonic() - start)
 
 
-def _texts(config: Config) -> Sequence[str]:
-    """The documents that train-sae trains on."""
-    from qscope_jax.data.texts import Slice
-
-    if config.data == "tiny":
-        from qscope_jax.demo.corpus import documents
-
-        texts: Sequence[str] = documents(4000 if config.limit is None else config.limit, seed=1)
-    else:
-        from qscope_jax.data.texts import load_texts
-
-        texts = load_texts(config.data, column=config.column, split=config.split, limit=config.limit)
-    kept = len(texts) - max(round(config.holdout_share * len(texts)), 1 if config.holdout_share else 0)
-    if kept < 1:
-        raise ConfigError(f"{config.data}: has {len(texts)} documents, of which holdout_share {config.holdout_share} leaves none")
-    return Slice(texts, range(kept))
-
-
 def _tokens(model: "LanguageModel", texts: Sequence[str], config: Config) -> "TokenStream":
     from qscope_jax.data.batches import BatchConfig
     from qscope_jax.training.tokens import TokenStream
 
-    end = model.config.eos_token_ids[:1]
-
-    def tokenize(text: str) -> list[int]:
-        ids = model.tokenizer(text, verbose=False)["input_ids"]
-        return [*ids, *end] if ids else []
-
-    return TokenStream(texts, tokenize, BatchConfig(config.model_batch, config.sequence_length, seed=config.seed, epochs=1))
+    return TokenStream(texts, tokenize_documents(model), BatchConfig(config.model_batch, config.sequence_length, seed=config.seed, epochs=1))
 
 
 def _described(config: Config) -> dict[str, Any]:
