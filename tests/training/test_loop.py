@@ -3,71 +3,20 @@ import os
 import signal
 import threading
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qscope_jax.errors import ConfigError, SourceError
-from qscope_jax.training.checkpoint import StreamState
-from qscope_jax.training.loop import LoopConfig, MetricsLog, train
+from qscope_jax.training.loop import MetricsLog, best_state, train
+from tests.training.walk import Walk, lines, settings
 
 
-class Noise:
-    """A stream of numbers whose place is a counter and whose buffer is the last one."""
-
-    def __init__(self):
-        self.count, self.last = 0, jnp.zeros((3,), jnp.float32)
-
-    def __next__(self):
-        self.count += 1
-        self.last = self.last * 0.5 + jax.random.normal(jax.random.fold_in(jax.random.key(0), self.count), (3,), jnp.float32)
-        return self.last
-
-    def get_state(self):
-        return StreamState({"last": self.last}, {"count": self.count})
-
-    def set_state(self, state):
-        self.count, self.last = state.cursor["count"], state.arrays["last"]
+def interrupt(number=signal.SIGTERM):
+    return lambda: os.kill(os.getpid(), number)
 
 
-class Walk:
-    """A recipe that sums its batches: cheap, and wrong in every digit if a batch is missed or repeated."""
-
-    name, unit = "walk", "steps"
-
-    def __init__(self, width=3, kill_at=None, fail_at=None):
-        self.width, self.kill_at, self.fail_at = width, kill_at, fail_at
-        self._step = jax.jit(lambda state, x: {"sum": state["sum"] * 1.01 + jnp.sum(x), "steps": state["steps"] + 1}, donate_argnums=0)
-
-    def init(self):
-        return {"sum": jnp.zeros((self.width,), jnp.float32), "steps": jnp.int32(0)}
-
-    def stream(self):
-        return Noise()
-
-    def step(self, state, batch):
-        state = self._step(state, batch)
-        step = int(state["steps"])
-        if step == self.fail_at:
-            raise RuntimeError("a defect")
-        if step == self.kill_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return state, {"loss": state["sum"][0], "parts": state["sum"][:2]}
-
-    def units(self, batch):
-        return 1
-
-    def evaluate(self, state):
-        return {"held_out": float(state["sum"].sum())}
-
-
-def settings(folder="", **changes) -> LoopConfig:
-    return LoopConfig(**{"steps": 10, "log_every": 2, "eval_every": 4, "checkpoint_every": 3, "progress": False, "run_dir": str(folder), **changes})
-
-
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def fail():
+    raise RuntimeError("a defect")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +34,7 @@ def assert_same_run(state, folder, whole):
 
 def test_metrics_are_written_every_so_often_and_evaluations_between(whole):
     assert [line["step"] for line in whole[1]] == [2, 4, 4, 6, 8, 8, 10, 10]
-    assert [set(line) - {"step"} for line in whole[1][:3]] == [{"loss", "parts"}, {"loss", "parts"}, {"held_out"}]
+    assert [set(line) - {"step"} for line in whole[1][:3]] == [{"loss", "parts"}, {"loss", "parts"}, {"held_out", "spread"}]
     assert whole[1][-2]["loss"] == float(whole[0]["sum"][0]) and len(whole[1][-2]["parts"]) == 2
     assert whole[1][-1]["held_out"] == float(whole[0]["sum"].sum())
 
@@ -98,23 +47,23 @@ def test_nothing_is_kept_without_a_folder(whole, tmp_path, monkeypatch):
 
 def test_sigterm_saves_and_the_resumed_run_equals_the_uninterrupted_one(whole, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    stopped = train(Walk(kill_at=5), settings(tmp_path / "run"))
+    stopped = train(Walk(at={5: interrupt()}), settings(tmp_path / "run"))
     assert stopped["steps"] == 5 and signal.getsignal(signal.SIGTERM) is before
     assert_same_run(train(Walk(), settings(tmp_path / "run", resume=True)), tmp_path / "run", whole)
 
 
 def test_sigterm_at_a_step_that_saves_anyway(whole, tmp_path):
-    train(Walk(kill_at=6), settings(tmp_path / "run"))
+    train(Walk(at={6: interrupt()}), settings(tmp_path / "run"))
     assert_same_run(train(Walk(), settings(tmp_path / "run", resume=True)), tmp_path / "run", whole)
 
 
 def test_sigterm_at_the_last_step(whole, tmp_path):
-    assert_same_run(train(Walk(kill_at=10), settings(tmp_path / "run")), tmp_path / "run", whole)
+    assert_same_run(train(Walk(at={10: interrupt()}), settings(tmp_path / "run")), tmp_path / "run", whole)
 
 
 def test_metrics_written_after_the_checkpoint_are_cut_on_resume(whole, tmp_path):
     with pytest.raises(RuntimeError, match="a defect"):
-        train(Walk(fail_at=9), settings(tmp_path / "run"))
+        train(Walk(at={9: fail}), settings(tmp_path / "run"))
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 4, 4, 6, 8, 8]
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
