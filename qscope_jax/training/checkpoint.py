@@ -4,6 +4,7 @@ A checkpoint is whole when every file in it is as its record says (see `integrit
 """
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -49,14 +50,14 @@ class Checkpoints:
     makes the same calls in the same order.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, best: str = "", mode: Literal["min", "max"] = "min"):
+    def __init__(self, folder: str | Path, *, keep: int = 2, best: str = "", mode: str = "min"):
         """Open (or make) the folder.
 
         Args:
             folder: Where the checkpoints are.
             keep: How many of the newest are kept; one more while a run is under way.
             best: Held-out metric whose best checkpoint is kept as well.
-            mode: Whether the least or the greatest value is best.
+            mode: Whether the least (`min`) or the greatest (`max`) value is best.
 
         Raises:
             SourceError: the folder cannot be made or written to.
@@ -123,7 +124,7 @@ class Checkpoints:
         items = {item: ocp.args.PyTreeSave(leaves) for item, leaves in arrays.items() if leaves}  # pyright: ignore[reportCallIssue]
         self._held_out[step] = plain(held_out or {})
         with self._writing(step):
-            self._check_space(sum(leaf.nbytes for leaves in arrays.values() for leaf in leaves.values()))
+            self._check(place["cursor"], sum(leaf.nbytes for leaves in arrays.values() for leaf in leaves.values()))
             self._manager.save(step, args=ocp.args.Composite(place=ocp.args.JsonSave(place), **items), force=True)  # pyright: ignore[reportCallIssue]
         if is_first():
             self._record = self._recorder.submit(self._finish, step)
@@ -191,11 +192,16 @@ class Checkpoints:
         handlers = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in ("state", "stream")}
         return ocp.CheckpointManager(self._folder, options=options, item_handlers={"place": ocp.JsonCheckpointHandler(), **handlers})
 
-    def _check_space(self, needed: int) -> None:
-        """Asked beforehand: where a disk fills up under Orbax, threads of its libraries print pages of their own."""
-        usage = from_first(lambda: list(shutil.disk_usage(self._folder)))
-        if usage[0] and usage[2] < needed + _SPARE_BYTES:  # some network file systems have no size
+    def _check(self, cursor: Mapping[str, Any], needed: int) -> None:
+        """Whether there is room for `needed` bytes, and whether the first process can speak for all.
+
+        Asked beforehand: where a disk fills up under Orbax, threads of its libraries print pages of their own.
+        """
+        (size, _, free), first = from_first(lambda: [list(shutil.disk_usage(self._folder)), cursor])
+        if size and free < needed + _SPARE_BYTES:  # some network file systems have no size
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if json.dumps(first, sort_keys=True) != json.dumps(cursor, sort_keys=True):
+            raise AssertionError(f"the stream stands at {cursor} here and at {first} in the first process; a cursor must be the same in all")
 
     def _clear_unfinished(self) -> None:
         for path in self._folder.glob("*.orbax-checkpoint-tmp*"):

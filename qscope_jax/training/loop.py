@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -90,8 +90,8 @@ class LoopConfig:
     keep_best: str = ""
     """Held-out metric, such as `fvu`, whose best checkpoint is kept as well (a list counts by its mean); of the steps that are both
     evaluated and saved."""
-    keep_best_mode: Literal["min", "max"] = "min"
-    """Whether the least or the greatest value is best."""
+    keep_best_mode: str = "min"
+    """Whether the least (min) or the greatest (max) value is best."""
     resume: bool = False
     """Continue from the newest checkpoint in `run_dir`, if there is one."""
     progress: bool = True
@@ -176,7 +176,8 @@ def _run(recipe: Recipe, config: LoopConfig, checkpoints: Checkpoints | None, st
             batch = next(stream)
             state, metrics = recipe.step(state, batch)
             step += 1
-            clock.count(recipe.units(batch))
+            units = recipe.units(batch)
+            clock.count(units)
             if is_first() and (step % config.log_every == 0 or step == config.steps):
                 log.write(step, {name: _number(value) for name, value in metrics.items()}, clock.read())
             held_out = {}
@@ -185,7 +186,7 @@ def _run(recipe: Recipe, config: LoopConfig, checkpoints: Checkpoints | None, st
             if checkpoints and config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
                 checkpoints.save(step, state, stream.get_state(), held_out)
                 saved = step
-            advance(recipe.units(batch), log.last)
+            advance(units, log.last)
         failure = None
         if step == config.steps:
             try:

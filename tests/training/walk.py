@@ -1,14 +1,12 @@
-"""A recipe that sums its batches: cheap, and wrong in every digit if a batch is missed or repeated. Alone, or in a process of its own."""
+"""A recipe that sums its batches: cheap, and wrong in every digit if a batch is missed or repeated."""
 
 import json
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 
 from qscope_jax.training.checkpoint import StreamState
-from qscope_jax.training.loop import LoopConfig, train
+from qscope_jax.training.loop import LoopConfig
 
 
 class Noise:
@@ -63,15 +61,3 @@ def settings(folder="", **changes) -> LoopConfig:
 
 def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def main(folder: str, width: str, pause: str) -> None:
-    """Run or resume, with a short sleep at each step, and print the state's bits."""
-    recipe = Walk(int(width), at=dict.fromkeys(range(100), lambda: time.sleep(float(pause))))
-    print("begun", flush=True)
-    state = train(recipe, settings(folder, steps=40, resume=True))
-    print(int(state["steps"]), state["sum"].tobytes().hex()[:64], flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
