@@ -76,13 +76,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        """Close; after an error without deleting, after KeyboardInterrupt without waiting for a save either."""
+        """Close; after an error, let the save under way come to its end, and delete nothing."""
         if kind is None:
             self.close()
-        elif not issubclass(kind, KeyboardInterrupt):
-            with suppress(SourceError):  # the first error is the one to tell
-                self.wait()
-            self._shut()
+            return
+        with suppress(SourceError):  # the first error is the one to tell
+            self.wait()
+        self._shut()
 
     @property
     def latest(self) -> int | None:
@@ -145,8 +145,8 @@ class Checkpoints:
         """Read a checkpoint back, the newest whole one by default.
 
         Args:
-            like_state: Tree of arrays, or of `abstract` ones, whose structure, shapes, dtypes and shardings the state takes; the shardings,
-                and the devices, may be others than those it was saved with.
+            like_state: Tree of arrays, its `outline`, or a tree of `abstract` ones: whose structure, shapes, dtypes and shardings the state
+                takes. The shardings, and the devices, may be others than those it was saved with.
             like_stream: The same for the stream's arrays.
             step: Which checkpoint.
 
@@ -250,18 +250,19 @@ class Checkpoints:
 
     def _read(self, step: int | None, trees: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
         step = self._whole(step)
+        likes = {item: tree if isinstance(tree, Outline) else outline(tree) for item, tree in trees.items()}
         try:
             place = self._manager.restore(step, args=ocp.args.Composite(place=ocp.args.JsonRestore()))["place"]  # pyright: ignore[reportCallIssue]
-            for item, tree in trees.items():
+            for item, like in likes.items():
                 # Compared here, before anything is read: Orbax would cast other dtypes, and its errors do not name what differs.
-                _check_same(item, place[item], _described(_named(tree)))
-            wanted = {item: _reading(abstract(_named(tree))) for item, tree in trees.items() if _named(tree)}
+                _check_same(item, place[item], _described(like.leaves))
+            wanted = {item: _reading(like.leaves) for item, like in likes.items() if like.leaves}
             found = self._manager.restore(step, args=ocp.args.Composite(**wanted))
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise SourceError(
                 f"{self._folder}: checkpoint {step} does not fit this run ({_reason(error)}); use another folder or the run's own config"
             ) from error
-        restored = {item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in _named(tree)]) for item, tree in trees.items()}
+        restored = {item: jax.tree.unflatten(like.structure, [found[item][name] for name in like.leaves]) for item, like in likes.items()}
         return restored, place["cursor"]
 
     def _whole(self, step: int | None) -> int:
@@ -318,6 +319,24 @@ def saved_steps(folder: Path) -> list[int]:
 def abstract(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is needed of a tree of arrays to read another like it.
+
+    Attributes:
+        structure: Its containers.
+        leaves: Shapes, dtypes and shardings by path.
+    """
+
+    structure: Any
+    leaves: Mapping[str, jax.ShapeDtypeStruct]
+
+
+def outline(tree: Any) -> Outline:
+    """The outline of a tree, which may then be freed; unlike `abstract`, also for classes that hold nothing but arrays."""
+    return Outline(jax.tree.structure(tree), {name: abstract(leaf) for name, leaf in _named(tree).items()})  # in the tree's order
 
 
 def _reading(leaves: Mapping[str, Any]) -> Any:

@@ -21,8 +21,9 @@ _LAG = 2  # steps
 def interruption() -> Iterator[Callable[[], bool]]:
     """Listen for SIGTERM and SIGINT, and yield a function that says whether to stop before the next step.
 
-    The first signal is a request, answered by a line on stderr. A second SIGINT raises KeyboardInterrupt wherever the program is; a second
-    SIGTERM ends the process as if nobody listened. Only the main thread can listen; elsewhere nothing stops the run.
+    The first signal is a request, answered by a line on stderr. A second SIGINT raises KeyboardInterrupt wherever the program is, and nothing
+    more is saved than what is being saved already; a second SIGTERM ends the process as if nobody listened. Only the main thread can listen;
+    elsewhere nothing stops the run.
 
     In a run of several processes the function is called by all of them once a step. A signal to any one of them stops all before the same
     step, the third from then: each call starts the sum of everyone's answers on the devices and reads the sum that was started two calls ago,

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qscope_jax.data.files import atomic_path, plain
 from qscope_jax.errors import ConfigError, SourceError
-from qscope_jax.training.checkpoint import Checkpoints, StreamState, abstract
+from qscope_jax.training.checkpoint import Checkpoints, StreamState, outline
 from qscope_jax.training.interruption import interruption
 from qscope_jax.training.processes import is_first
 from qscope_jax.training.trackers import Tracker, check_installed, scalars, trackers
@@ -154,7 +154,7 @@ def best_state(recipe: Recipe, config: LoopConfig) -> tuple[Any, int, float]:
         if checkpoints.best is None:
             raise SourceError(f"{config.run_dir}: holds no checkpoint with an evaluation of {config.keep_best}; evaluate at steps that are saved")
         step, value = checkpoints.best
-        like = abstract(recipe.init())
+        like = outline(recipe.init())
         return checkpoints.restore_state(like, step), step, value
 
 
@@ -166,7 +166,7 @@ def _run(recipe: Recipe, config: LoopConfig, checkpoints: Checkpoints | None, st
     state, stream, step, saved = recipe.init(), recipe.stream(), 0, -1
     if checkpoints and (found := checkpoints.newest_whole()) is not None:
         step = saved = found
-        like, state = abstract(state), None  # the first state makes room for the saved one
+        like, state = outline(state), None  # the first state makes room for the saved one
         state, position = checkpoints.restore(like, stream.get_state().arrays, step)
         stream.set_state(position)
     held_out: dict[str, float] = {}

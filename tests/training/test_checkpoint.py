@@ -12,7 +12,7 @@ from qscope_jax.errors import SourceError
 from qscope_jax.parallel.mesh import make_mesh
 from qscope_jax.parallel.rules import batch_sharding
 from qscope_jax.training import checkpoint as checkpoint_module
-from qscope_jax.training.checkpoint import Checkpoints, StreamState, abstract, saved_steps
+from qscope_jax.training.checkpoint import Checkpoints, StreamState, abstract, outline, saved_steps
 from tests.processes import ROOT
 
 CURSOR = {"place": [1, {"deep": 2}], "served": 3}
@@ -54,6 +54,13 @@ def test_everything_comes_back_to_the_bit_in_another_process(checkpoints, tmp_pa
     assert_same(restored, state())
     assert_same(place.arrays, stream(3).arrays)
     assert place.cursor == CURSOR
+
+
+def test_leaves_come_back_in_their_places_whatever_the_order_of_their_names(checkpoints):
+    saved = [jnp.float32(number) for number in range(12)]
+    checkpoints.save(1, saved, StreamState({}, CURSOR))
+    for like in (saved, abstract(saved), outline(saved)):
+        assert_same(checkpoints.restore_state(like), saved)
 
 
 def test_a_stream_without_arrays_is_its_cursor(checkpoints):
