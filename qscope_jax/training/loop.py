@@ -138,11 +138,15 @@ def train(recipe: Recipe, config: LoopConfig) -> Any:
             return _run(recipe, config, checkpoints, stop)
 
 
-def best_state(recipe: Recipe, config: LoopConfig) -> tuple[Any, int, float]:
+def best_state(recipe: Recipe, config: LoopConfig, like: Any = None) -> tuple[Any, int, float]:
     """State, step and value of the checkpoint in `run_dir` that is best by `keep_best`, after or between calls of `train`.
 
-    Candidates are the checkpoints still kept whose step was evaluated: the newest, and the best that the run has had. The recipe's first
-    state is made, for its shapes and shardings.
+    Candidates are the checkpoints still kept whose step was evaluated: the newest, and the best that the run has had.
+
+    Args:
+        recipe: The run's recipe.
+        config: The run's config.
+        like: A state of the recipe, such as the one that `train` returned, for its shapes and shardings; by default the first one is made.
 
     Raises:
         SourceError: no checkpoint was evaluated by that metric, the best one is torn, or it is of another run.
@@ -154,7 +158,7 @@ def best_state(recipe: Recipe, config: LoopConfig) -> tuple[Any, int, float]:
         if checkpoints.best is None:
             raise SourceError(f"{config.run_dir}: holds no checkpoint with an evaluation of {config.keep_best}; evaluate at steps that are saved")
         step, value = checkpoints.best
-        like = outline(recipe.init())
+        like = outline(recipe.init() if like is None else like)
         return checkpoints.restore_state(like, step), step, value
 
 

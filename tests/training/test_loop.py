@@ -143,8 +143,9 @@ def test_the_best_checkpoint_is_kept_and_can_be_had(tmp_path):
     config = settings(tmp_path / "run", steps=18, eval_every=3, keep_best="fvu")
     last = train(Valley(), config)
     assert sorted(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()) == [6, 15, 18]
-    state, step, value = best_state(Valley(), config)
-    assert (step, value, state["steps"], last["steps"]) == (6, 0.5, 6, 18)
+    for like in (None, last):
+        state, step, value = best_state(Valley(), config, like)
+        assert (step, value, state["steps"], last["steps"]) == (6, 0.5, 6, 18)
     # It outlives a later run as well, which asks for the greatest only afterwards.
     train(Valley(), settings(tmp_path / "run", steps=24, eval_every=3, keep_best="fvu", resume=True))
     assert best_state(Valley(), config)[1] == 6
