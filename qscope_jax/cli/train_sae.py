@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qscope_jax.training.sae import ActivationSource, SAETraining
 
 _HELD_OUT = 256
-_MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh"}
+_MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh", "keep_best",
+               "keep_best_mode", "tensorboard", "wandb"}  # fmt: skip
 _SIZE = ("k", "steps", "activation", "max_active", "multi_topk_weight", "learning_rate", "warmup_steps", "decay_share", "aux_weight", "aux_k",
          "dead_after_tokens", "clip", "ema", "bandwidth", "sparsity_weight", "compute_dtype", "micro_batches", "num_seeds", "seed")  # fmt: skip
 _METRICS = {"fvu": "FVU", "fvu_all": "FVU, all tokens", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
@@ -109,21 +110,30 @@ class Config(ModelOptions):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: str = ""
+    """Held-out metric, such as fvu, whose best checkpoint is kept and exported; of the steps that are both evaluated and saved."""
+    keep_best_mode: str = "min"
+    """Whether the least (min) or the greatest (max) value is best."""
     resume: bool = False
     """Continue the run in the folder, with the options that it began with."""
     progress: bool = True
     """Show a progress bar with rate and time left."""
+    tensorboard: bool = False
+    """Write metrics and rates to tensorboard in the folder too; needs tensorboardX."""
+    wandb: str = ""
+    """Project of Weights & Biases that metrics and rates go to as well; needs wandb."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train; returns the last held-out metrics of each layer and where the SAEs are."""
     from qscope_jax.demo.embedded import save_saes
-    from qscope_jax.training.loop import LoopConfig, train
+    from qscope_jax.training.loop import LoopConfig, best_state, train
 
     out = Path(config.out).expanduser()
     check_writable(config.out, folder=True)
     _check(config, out)
-    names = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "progress")
+    names = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "keep_best_mode", "resume", "progress",
+             "tensorboard", "wandb")  # fmt: skip
     loop = LoopConfig(run_dir=str(out), **{name: getattr(config, name) for name in names})
     model = open_model(config.model, config.dtype, config.mesh)
     recipe = _recipe(model, config)
@@ -133,10 +143,14 @@ def run(config: Config) -> dict[str, Any]:
     if not lines or lines[-1]["step"] < config.steps:
         print(f"Stopped; continue with: qscope train-sae --config {out / 'config.yaml'} --resume")
         return {"finished": False, "layers": {}}
+    exported = config.steps
+    if config.keep_best:
+        state, exported, _ = best_state(recipe, loop, state)
     save_saes(out / "saes", recipe.export(state))
-    metrics = next((line for line in reversed(lines) if line.get("held_out")), {})
+    metrics = next((line for line in reversed(lines) if line.get("held_out") and line["step"] == exported), {})
     result = {
         "finished": True,
+        "step": exported,
         "saes": str(out / "saes"),
         "layers": {layer: {name: metrics[name][i] for name in _METRICS} for i, layer in enumerate(recipe.layers) if metrics},
     }
@@ -146,6 +160,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def _check(config: Config, out: Path) -> None:
     """What can be wrong before anything is loaded."""
+    if config.keep_best and not config.holdout_share:
+        raise ConfigError(f"keep_best is {config.keep_best}, but holdout_share 0 keeps no documents to choose by")
     check_at_least(config, 1, "model_batch", "limit", "num_features")
     check_at_least(config, 2, "sequence_length")
     saved = out / "config.yaml"
