@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qscope_jax.errors import ConfigError
-from qscope_jax.parallel.rules import stack_spec
+from qscope_jax.parallel.rules import replicated, stack_spec
 from qscope_jax.parallel.shards import Shards
 from qscope_jax.sae.autoencoder import SparseAutoencoder
 from qscope_jax.training.sae_config import SAEConfig
@@ -157,6 +157,7 @@ class SAEStep:
             check_vma=False,
         )
         states, metrics, memories = over_mesh(states, x_MND, memories)
+        metrics = jax.lax.with_sharding_constraint(metrics, replicated(self.mesh))  # so that each process can read them
         return jax.tree.unflatten(state_tree, states), metrics, jax.tree.unflatten(memory_tree, memories)
 
     def _each(
