@@ -1,7 +1,7 @@
 """Sparse probing: how well few features tell classes of texts apart, beside as few raw dimensions and beside all of them.
 
 After Gurnee et al. 2023 (arXiv 2305.01610) and SAEBench: a text is its mean code over ordinary tokens, k features are chosen by the
-difference of class means, and a logistic regression on them is scored on texts held out. Both the choice and the fit see the training
+difference of class means, and a logistic regression (C = 1) on them is scored on texts held out. Choice, scaling and fit see the training
 split only. Several classes are probed one against the rest.
 """
 
@@ -41,6 +41,9 @@ class ProbingConfig:
     """Share of each class's texts that is held out, at least one."""
     seed: int = 0
     """Of the split."""
+    standardize: bool = True
+    """Scale what a probe reads to unit variance over the training split. Without it, as SAEBench does, the penalty depends on the unit of
+    activations: mean codes are small numbers, and a probe on small numbers gives the commoner answer whatever it reads."""
     batch_size: int = 16
     """Texts a forward pass."""
     drop_first: bool = True
@@ -146,8 +149,8 @@ def probe_saes(
             positive_B = classes == label
             for source, columns in sources:
                 chosen = best_columns(columns, positive_B, train, max(config.ks))
-                probes += [fit_probe(label, source, columns, positive_B, train, test, chosen[:k]) for k in config.ks]
-            probes.append(fit_probe(label, "dense", streams_BD, positive_B, train, test, None))
+                probes += [fit_probe(label, source, columns, positive_B, train, test, chosen[:k], standardize=config.standardize) for k in config.ks]
+            probes.append(fit_probe(label, "dense", streams_BD, positive_B, train, test, None, standardize=config.standardize))
         shares = {label: float(np.mean(classes[test] == label)) for label in sorted(set(classes))}
         majority = {label: max(share, 1 - share) for label, share in shares.items()}
         unread = int(np.sum(tokens_B == 0))
@@ -221,6 +224,8 @@ def fit_probe(
     train: Indices,
     test: Indices,
     chosen: Indices | None,
+    *,
+    standardize: bool = True,
 ) -> Probe:
     """Fit on the rows `train` of the chosen columns (None: all), and score on the rows `test`."""
     from sklearn.exceptions import ConvergenceWarning
@@ -229,6 +234,9 @@ def fit_probe(
 
     picked = columns if chosen is None else columns[:, chosen]
     inputs = np.asarray(picked.toarray() if isinstance(picked, csr_array) else picked, np.float64)
+    if standardize:
+        spread = inputs[train].std(axis=0)
+        inputs = (inputs - inputs[train].mean(axis=0)) / np.where(spread > 0, spread, 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         fitted = LogisticRegression(C=1.0, max_iter=1000).fit(inputs[train], positive_B[train])

@@ -56,6 +56,28 @@ def test_a_probe_is_scored_by_accuracy_and_f1_of_its_class():
     assert (probe.accuracy, probe.f1, probe.k, probe.columns, probe.converged) == (pytest.approx(0.6), 0.5, 1, (1,), True)
 
 
+def test_scaling_makes_a_probe_blind_to_the_unit_of_activations():
+    rng = np.random.default_rng(0)
+    positive = np.arange(60) % 3 == 0
+    columns = csr_array(positive[:, None] * rng.uniform(0.5, 1, (60, 1)))
+    halves = np.arange(40), np.arange(40, 60)
+    for unit in (1e-4, 1e4):
+        scaled, raw = (fit_probe("a", "sae", columns * unit, positive, *halves, np.array([0]), standardize=one) for one in (True, False))
+        assert scaled.accuracy == 1 and raw.accuracy == (1 if unit > 1 else np.mean(~positive[40:]))
+    # A column that is the same in all of the training split says nothing, and breaks nothing.
+    assert fit_probe("a", "sae", np.ones((60, 1)), positive, *halves, np.array([0])).accuracy == np.mean(~positive[40:])
+
+
+def test_the_test_split_does_not_move_the_scale():
+    positive = np.arange(30) % 2 == 0
+    columns = np.where(positive, 1.0, -1.0)[:, None] * np.linspace(0.9, 1.1, 30)[:, None]
+    far = columns.copy()
+    far[25:] = 1e6  # were they part of the scale, the training split would shrink to nothing
+    for read in (columns, far):
+        assert fit_probe("a", "sae", read, positive, np.arange(20), np.arange(20, 25), np.array([0])).accuracy == 1
+    assert fit_probe("a", "sae", far, positive, np.arange(20), np.arange(20, 30), np.array([0])).accuracy == pytest.approx(0.7)
+
+
 def test_a_fit_that_does_not_converge_says_so_without_a_warning():
     rng = np.random.default_rng(0)
     columns, positive = rng.standard_normal((60, 40)) * 10.0 ** rng.uniform(-4, 5, 40), rng.random(60) < 0.5
