@@ -53,13 +53,22 @@ class Run:
         config: Options of the run; empty where it has no `config.yaml`.
         training: Metrics of training steps, by name.
         held_out: Metrics of evaluations, by name.
-        layers: Name of each entry of metrics by layer.
+        layers: Layers, in the order of metrics by layer.
+        seeds: Seeds of the SAEs of a layer; with several, training metrics hold an entry for each layer and seed, seeds fastest.
     """
 
     config: dict[str, Any]
     training: dict[str, Series]
     held_out: dict[str, Series]
     layers: tuple[int, ...]
+    seeds: tuple[int, ...] = (0,)
+
+    def names(self, columns: int) -> list[str]:
+        """What the columns of a metric by layer stand for."""
+        if columns == len(self.layers):
+            return [str(layer) for layer in self.layers]
+        named = [f"{layer}, seed {seed}" for layer in self.layers for seed in self.seeds]
+        return named if columns == len(named) else [str(place) for place in range(columns)]
 
 
 def write_run_page(
@@ -89,7 +98,7 @@ def write_run_page(
             _add_last(page, run, series)
             moving = [name for name in sorted(series, key=_rank) if not _is_constant(series[name])]
             for name in moving:
-                page.figure(_figure(name, series[name], run.layers))
+                page.figure(_figure(name, series[name], run))
             if still := [name for name in sorted(series, key=_rank) if name not in moving]:
                 page.text("The same throughout: " + ", ".join(f"{_title(name)} {format_number(series[name].values.flat[0])}" for name in still) + ".")
     if evaluation:
@@ -111,9 +120,11 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
     config = _read_config(folder / "config.yaml")
     training, held_out = (_series([line for line in lines if bool(line.get("held_out")) == wanted]) for wanted in (False, True))
     width = max((one.values.shape[1] for one in (*training.values(), *held_out.values()) if one.by_layer), default=0)
+    count, first = config.get("num_seeds") or 1, config.get("seed") or 0
+    seeds = tuple(range(first, first + count)) if isinstance(first, int) and isinstance(count, int) and width % count == 0 else (0,)
     named = config.get("layers")
-    layers = tuple(named) if isinstance(named, list) and len(named) == width else tuple(range(width))
-    return Run(config, training, held_out, layers)
+    layers = tuple(named) if isinstance(named, list) and len(named) in (width, width // len(seeds)) else tuple(range(width // len(seeds)))
+    return Run(config, training, held_out, layers, seeds)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -172,13 +183,13 @@ def _is_constant(series: Series) -> bool:
     return len(series.steps) > 1 and bool(np.all(series.values == series.values.flat[0]))
 
 
-def _figure(name: str, series: Series, layers: tuple[int, ...]) -> Any:
+def _figure(name: str, series: Series, run: Run) -> Any:
     steps, values = _thinned(series, _MOST_COLUMNS if series.values.shape[1] > MOST_LINES else _MOST_POINTS)
     finite = values[np.isfinite(values)]
     log = bool(finite.size and finite.min() > 0 and finite.max() > _LOG_SPAN * finite.min())
     title = _title(name)
     if series.by_layer:
-        return layer_figure(layers[: values.shape[1]], steps.tolist(), values.T.tolist(), title=title, x_title="step", value=title, log=log)
+        return layer_figure(run.names(values.shape[1]), steps.tolist(), values.T.tolist(), title=title, x_title="step", value=title, log=log)
     return curves(steps.tolist(), {title: values[:, 0].tolist()}, title=title, x_title="step", y_title="", log_y=log)
 
 
@@ -195,10 +206,11 @@ def _thinned(series: Series, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _add_last(page: Page, run: Run, found: dict[str, Series]) -> None:
     """A table of where each layer ended."""
-    last = {name: series.values[-1] for name, series in found.items() if series.by_layer and series.values.shape[1] == len(run.layers)}
-    if last:
-        names = sorted(last, key=_rank)
-        rows = [(str(layer), *(float(last[name][row]) for name in names)) for row, layer in enumerate(run.layers)]
+    last = {name: series.values[-1] for name, series in found.items() if series.by_layer}
+    width = max(map(len, last.values()), default=0)
+    names = sorted((name for name, values in last.items() if len(values) == width), key=_rank)
+    rows = [(layer, *(float(last[name][row]) for name in names)) for row, layer in enumerate(run.names(width))]
+    if rows:
         page.table(("layer", *map(_title, names)), rows, caption=f"At step {_last_step(found):,}")
 
 

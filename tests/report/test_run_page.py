@@ -51,6 +51,20 @@ def test_a_page_draws_held_out_and_training_curves_of_every_layer(folder):
     assert "&lt;b&gt;" in document and "<b>" not in document
 
 
+@pytest.mark.parametrize("layers", ["[2, 5]", "null"])
+def test_saes_of_several_seeds_are_told_apart(tmp_path, layers):
+    lines = [training(step, *(step + place for place in range(6))) for step in (1, 2)]
+    held_out = {"step": 2, "held_out": True, "fvu": [0.25, 0.35]}
+    folder = write_run(tmp_path / "run", [*lines, held_out], f"layers: {layers}\nnum_seeds: 3\nseed: 4\n")
+    run = read_run(folder)
+    first, second = run.layers
+    assert (run.layers, run.seeds) == ((2, 5) if layers != "null" else (0, 1), (4, 5, 6))
+    assert run.names(6) == [f"{layer}, seed {seed}" for layer in (first, second) for seed in (4, 5, 6)] and run.names(4) == ["0", "1", "2", "3"]
+    drawn = figures(write_run_page(folder).read_text(encoding="utf-8"))
+    assert [trace["name"] for trace in drawn[0]["data"]] == [f"layer {first}", f"layer {second}"]
+    assert drawn[-1]["data"][4]["name"] == f"layer {second}, seed 5"
+
+
 def test_an_evaluation_joins_the_curves_at_the_path_asked_for(folder, tmp_path):
     evaluation = {2: {"tokens": 10.0, "fvu": 0.2, "fvu_all": 0.3}, 5: {"tokens": 10.0, "fvu": 0.4, "fvu_all": 0.5}}
     path = write_run_page(folder, evaluation, path=tmp_path / "other.html")
