@@ -1,13 +1,15 @@
 """Runs of several real processes on this machine, as on a pod: a launcher for tests, and what their programs call first."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 _COORDINATOR, _COUNT, _INDEX = "TEST_COORDINATOR", "TEST_PROCESS_COUNT", "TEST_PROCESS_INDEX"
@@ -30,18 +32,22 @@ def run_processes(module: str, count: int, *arguments: object, devices: int = 1,
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    started = [_start(module, arguments, {_COORDINATOR: coordinator, _COUNT: str(count), _INDEX: str(i)}, devices) for i in range(count)]
     deadline = time.monotonic() + timeout
-    try:
-        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{module}: not done after {timeout} s")
-            time.sleep(0.05)
-        _await(started, seconds=5)
-    finally:
-        for process in started:
-            process.kill()
-    return [Finished(process.wait(), *process.communicate()) for process in started]
+    with contextlib.ExitStack() as files:
+        # Into files: a pipe that nobody reads yet holds 64 KB, and then its writer.
+        written = [tuple(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)) for _ in range(count)]
+        names = [{_COORDINATOR: coordinator, _COUNT: str(count), _INDEX: str(i)} for i in range(count)]
+        started = [_start(module, arguments, own, devices, *streams) for own, streams in zip(names, written, strict=True)]
+        try:
+            while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{module}: not done after {timeout} s")
+                time.sleep(0.05)
+            _await(started, seconds=5)
+        finally:
+            for process in started:
+                process.kill()
+        return [Finished(process.wait(), *map(_read, streams)) for process, streams in zip(started, written, strict=True)]
 
 
 def run_program(module: str, *arguments: object, devices: int = 1, timeout: float = 100) -> Finished:
@@ -58,10 +64,15 @@ def join() -> None:
         jax.distributed.initialize(os.environ[_COORDINATOR], count, int(os.environ[_INDEX]))
 
 
-def _start(module: str, arguments: Sequence[object], names: dict[str, str], devices: int) -> subprocess.Popen[str]:
+def _start(module: str, arguments: Sequence[object], names: dict[str, str], devices: int, out: IO[str], err: IO[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, **names, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+
+
+def _read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def _await(started: Sequence[subprocess.Popen[str]], seconds: float) -> None:
