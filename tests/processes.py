@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-_COORDINATOR, _COUNT, _INDEX = "TEST_COORDINATOR", "TEST_PROCESS_COUNT", "TEST_PROCESS_INDEX"
+_COORDINATOR, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 class Finished(NamedTuple):
@@ -59,9 +59,11 @@ def join() -> None:
     """Join the other processes of the test, if there are any; then every device of all of them is there."""
     import jax
 
+    from qscope_jax.parallel.startup import join_processes
+
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    if (count := int(os.environ[_COUNT])) > 1:
-        jax.distributed.initialize(os.environ[_COORDINATOR], count, int(os.environ[_INDEX]))
+    if int(os.environ[_COUNT]) > 1:
+        join_processes()
 
 
 def _start(module: str, arguments: Sequence[object], names: dict[str, str], devices: int, out: IO[str], err: IO[str]) -> subprocess.Popen[str]:

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 _HELD_OUT = 256
 _MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh", "keep_best",
-               "keep_best_mode", "tensorboard", "wandb"}  # fmt: skip
+               "keep_best_mode", "tensorboard", "wandb", "distributed"}  # fmt: skip
 _SIZE = ("k", "steps", "activation", "max_active", "multi_topk_weight", "learning_rate", "warmup_steps", "decay_share", "aux_weight", "aux_k",
          "dead_after_tokens", "clip", "ema", "bandwidth", "sparsity_weight", "compute_dtype", "micro_batches", "num_seeds", "seed")  # fmt: skip
+_LOOP = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "keep_best_mode", "resume", "progress",
+         "tensorboard", "wandb")  # fmt: skip
 _METRICS = {"fvu": "FVU", "fvu_all": "FVU, all tokens", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
 
 
@@ -118,6 +120,9 @@ class Config(ModelOptions):
     """Continue the run in the folder, with the options that it began with."""
     progress: bool = True
     """Show a progress bar with rate and time left."""
+    distributed: bool = False
+    """Join the run's other processes, each started with the same command: on pods and Slurm JAX finds them, elsewhere set
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
     tensorboard: bool = False
     """Write metrics and rates to tensorboard in the folder too; needs tensorboardX."""
     wandb: str = ""
@@ -126,27 +131,29 @@ class Config(ModelOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Train; returns the last held-out metrics of each layer and where the SAEs are."""
-    from qscope_jax.demo.embedded import save_saes
     from qscope_jax.training.loop import LoopConfig, best_state, train
+    from qscope_jax.training.processes import from_first, is_first
 
+    if config.distributed:
+        from qscope_jax.parallel.startup import join_processes
+
+        join_processes()
     out = Path(config.out).expanduser()
-    check_writable(config.out, folder=True)
-    _check(config, out)
-    names = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "keep_best_mode", "resume", "progress",
-             "tensorboard", "wandb")  # fmt: skip
-    loop = LoopConfig(run_dir=str(out), **{name: getattr(config, name) for name in names})
+    from_first(lambda: _check(config, out))
+    loop = LoopConfig(run_dir=str(out), **{name: getattr(config, name) for name in _LOOP})
     model = open_model(config.model, config.dtype, config.mesh)
     recipe = _recipe(model, config)
-    _write_config(out / "config.yaml", config)
+    from_first(lambda: _write_config(out / "config.yaml", config))
     state = train(recipe, loop)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = from_first(lambda: _metrics(out))
     if not lines or lines[-1]["step"] < config.steps:
-        print(f"Stopped; continue with: qscope train-sae --config {out / 'config.yaml'} --resume")
+        if is_first():
+            print(f"Stopped; continue with: qscope train-sae --config {out / 'config.yaml'} --resume")
         return {"finished": False, "layers": {}}
     exported = config.steps
     if config.keep_best:
         state, exported, _ = best_state(recipe, loop, state)
-    save_saes(out / "saes", recipe.export(state))
+    recipe.save(state, out / "saes")
     metrics = next((line for line in reversed(lines) if line.get("held_out") and line["step"] == exported), {})
     result = {
         "finished": True,
@@ -154,12 +161,21 @@ def run(config: Config) -> dict[str, Any]:
         "saes": str(out / "saes"),
         "layers": {layer: {name: metrics[name][i] for name in _METRICS} for i, layer in enumerate(recipe.layers) if metrics},
     }
-    _show(result, out)
+    if is_first():
+        from qscope_jax.report.run_page import write_run_page
+
+        result["page"] = str(write_run_page(out))
+        _show(result, out)
     return result
+
+
+def _metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _check(config: Config, out: Path) -> None:
     """What can be wrong before anything is loaded."""
+    check_writable(config.out, folder=True)
     if config.keep_best and not config.holdout_share:
         raise ConfigError(f"keep_best is {config.keep_best}, but holdout_share 0 keeps no documents to choose by")
     check_at_least(config, 1, "model_batch", "limit", "num_features")
@@ -235,4 +251,4 @@ def _show(result: dict[str, Any], out: Path) -> None:
     if result["layers"]:
         rows = [(str(layer), *found.values()) for layer, found in result["layers"].items()]
         print_table(("layer", *_METRICS.values()), rows, title="held-out documents")
-    print(f"SAEs: {out / 'saes'}   metrics: {out / 'metrics.jsonl'}")
+    print(f"SAEs: {out / 'saes'}   metrics: {out / 'metrics.jsonl'}   curves: {result['page']}")

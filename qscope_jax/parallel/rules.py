@@ -123,6 +123,15 @@ def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
+def on_host(array: jax.Array) -> np.ndarray:
+    """A whole array; where its shards lie in several processes, each of them must ask and gets it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def shard_tree(tree: _Tree, mesh: Mesh) -> _Tree:
     """Put every array of a module onto `mesh` by its parameter name."""
     return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(x, parameter_sharding(leaf_name(path), x.shape, mesh)), tree)

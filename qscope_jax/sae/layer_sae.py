@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from qscope_jax.errors import InputError, ShapeError
 from qscope_jax.parallel.mesh import make_mesh
-from qscope_jax.parallel.rules import parameter_sharding
+from qscope_jax.parallel.rules import on_host, parameter_sharding
 from qscope_jax.sae.arrays import SAEArrays
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
 from qscope_jax.sae.formats.registry import list_sae_layers, read_sae_arrays
@@ -93,13 +93,11 @@ class LayerSAE:
             raise ShapeError(f"{source}: reads residual streams {self.d_model} wide, but {what} has width {d_model}; the SAE is of another model")
 
     def to_arrays(self) -> SAEArrays:
-        """The parameters on the host, for writing."""
+        """The parameters on the host, for writing; in a run of several processes all must call this."""
         sae = self.autoencoder
-        threshold = np.asarray(sae.threshold[...]) if hasattr(sae, "threshold") else None
-        return SAEArrays(
-            np.asarray(sae.W_enc[...]), np.asarray(sae.W_dec[...]), np.asarray(sae.b_enc[...]), np.asarray(sae.b_dec[...]), sae.k,
-            sae.activation, sae.apply_b_dec_to_input, threshold, dict(self.metadata),
-        )  # fmt: skip
+        names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+        found = {name: on_host(getattr(sae, name)[...]) for name in names if hasattr(sae, name)}
+        return SAEArrays(**found, k=sae.k, activation=sae.activation, apply_b_dec_to_input=sae.apply_b_dec_to_input, metadata=dict(self.metadata))
 
 
 class SAECollection:

@@ -5,6 +5,7 @@ Loss, AuxK, initialisation and rates follow Gao et al. 2024 (arXiv 2406.04093) a
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -13,14 +14,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qscope_jax.models.language_model import LanguageModel
+from qscope_jax.sae.arrays import SAEArrays
 from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.formats.own_format import write_folder
 from qscope_jax.sae.layer_sae import LayerSAE
 from qscope_jax.sae.metrics import evaluate_sae
 from qscope_jax.training.activations import geometric_median, mean_squared_norm
 from qscope_jax.training.loop import Stream
+from qscope_jax.training.processes import is_first
 from qscope_jax.training.sae_config import SAEConfig
 from qscope_jax.training.sae_gradient import replace_params
 from qscope_jax.training.sae_step import SAEState, compiled_step, exported, new_sae
+
+_EVALUATED = 8
 
 
 class ActivationSource(Stream, Protocol):
@@ -92,15 +98,22 @@ class SAETraining:
         """Held-out metrics of the first seed, a list over layers each."""
         if not self.held_out:
             return {}
-        results = evaluate_sae(self.model, self.export(state)[:: self.config.num_seeds], self.held_out, splice=False)
+        places = range(0, len(self.layers) * self.config.num_seeds, self.config.num_seeds)
+        results: dict[int, dict[str, float]] = {}
+        for start in range(0, len(places), _EVALUATED):  # a few at a time: exported SAEs are copies
+            saes = [self.export_one(state, place) for place in places[start : start + _EVALUATED]]
+            results |= evaluate_sae(self.model, saes, self.held_out, splice=False)
         names = ("fvu", "l0", "cossim", "dead_fraction", "fvu_all")
         return {"held_out": True, **{name: [results[layer][name] for layer in self.layers] for name in names}}
 
     def export(self, state: SAEState) -> list[LayerSAE]:
-        """SAEs in raw units, by layer and seed: the input scale is folded into the biases, directions keep unit norm."""
-        return [self._export(_at(state, place), layer, seed) for place, (layer, seed) in enumerate(self._places())]
+        """All SAEs in raw units, by layer and seed; see `export_one`."""
+        return [self.export_one(state, place) for place in range(len(self.layers) * self.config.num_seeds)]
 
-    def _export(self, state: SAEState, layer: int, seed: int) -> LayerSAE:
+    def export_one(self, state: SAEState, place: int) -> LayerSAE:
+        """The SAE at a place of the stack, in raw units: the input scale is folded into the biases, directions keep unit norm."""
+        layer, seed = list(self._places())[place]
+        one = _at(state, np.int32(place))
         metadata = {
             "format": "qscope_jax",
             "source": "trained here",
@@ -112,7 +125,27 @@ class SAETraining:
         }
         if self.config.num_seeds > 1:
             metadata["seed"] = seed
-        return LayerSAE(fold_scale(exported(state, self.config), state.scale), layer, metadata)
+        return LayerSAE(fold_scale(exported(one, self.config), one.scale), layer, metadata)
+
+    def save(self, state: SAEState, folder: Path) -> list[Path]:
+        """Write all SAEs in the project's own format, one after the other; returns the folder, or one inside it for each seed.
+
+        In a run of several processes all call this, and the first writes.
+
+        Raises:
+            SourceError: the folder cannot be written, or a parameter is not finite.
+        """
+        seeds = self.config.num_seeds
+        folders = [folder] if seeds == 1 else [folder / f"seed-{self.config.seed + number}" for number in range(seeds)]
+        for number, path in enumerate(folders):
+            arrays = _Exports(self, state, number)
+            if is_first():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_folder(path, arrays)
+            else:
+                for layer in sorted(arrays):
+                    _ = arrays[layer]
+        return folders
 
     def _places(self) -> Iterator[tuple[int, int]]:
         """Layer and seed of each SAE of the stack."""
@@ -126,6 +159,23 @@ class SAETraining:
         # The encoder is the tied one of x - b_dec, written in the released form, which sees x itself.
         b_enc = -jnp.matmul(directions, b_dec_D, precision=jax.lax.Precision.HIGHEST)
         return self.step_program.new_state(new_sae(directions, directions, b_enc, b_dec_D, self.config), scale_S[place])
+
+
+class _Exports(Mapping[int, SAEArrays]):
+    """Host arrays of one seed's SAEs by layer, made when they are asked for."""
+
+    def __init__(self, recipe: SAETraining, state: SAEState, number: int):
+        self._recipe, self._state, self._number = recipe, state, number
+
+    def __getitem__(self, layer: int) -> SAEArrays:
+        place = self._recipe.layers.index(layer) * self._recipe.config.num_seeds + self._number
+        return self._recipe.export_one(self._state, place).to_arrays()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._recipe.layers)
+
+    def __len__(self) -> int:
+        return len(self._recipe.layers)
 
 
 def fold_scale(sae: SparseAutoencoder, scale: Float[Array, ""]) -> SparseAutoencoder:
