@@ -18,7 +18,8 @@ import numpy as np
 from benchmarks.timing import header, paired, report
 from qscope_jax.models.linear import linear
 from qscope_jax.sae.autoencoder import SparseAutoencoder
-from qscope_jax.training.sae import SAEConfig, SAEState, SAEStep
+from qscope_jax.training.sae_config import SAEConfig
+from qscope_jax.training.sae_step import SAEStep
 
 SHAPES = ((1024, 16384, 50, 1024), (2048, 32768, 50, 512))
 
@@ -52,8 +53,8 @@ def _ours(x: np.ndarray, features: int, k: int) -> Any:
     rows = jax.random.normal(jax.random.key(0), (features, width))
     rows /= jnp.linalg.norm(rows, axis=1, keepdims=True)
     sae = SparseAutoencoder(rows, jnp.array(rows), jnp.zeros(features), jnp.zeros(width), k=k)
-    held = {"state": SAEState(sae, step.optimizer.init(sae), jnp.zeros(features, jnp.int32), jnp.float32(np.sqrt(width)))}  # pyright: ignore[reportArgumentType]
-    batch = jnp.asarray(x)
+    held = {"state": step.stack([step.new_state(sae, jnp.float32(np.sqrt(width)))], 1)}
+    batch = jnp.asarray(x)[None]
 
     def run() -> None:
         held["state"], metrics = step(held["state"], batch)

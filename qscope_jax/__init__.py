@@ -36,7 +36,8 @@ _HOMES = {
     ),
     "qscope_jax.training.activations": ("ActivationConfig",),
     "qscope_jax.training.loop": ("LoopConfig", "train"),
-    "qscope_jax.training.sae": ("SAEConfig", "SAETraining"),
+    "qscope_jax.training.sae": ("SAETraining",),
+    "qscope_jax.training.sae_config": ("SAEConfig",),
     "qscope_jax.training.tokens": ("TokenStream",),
     "qscope_jax.demo.embedded": ("tiny_model", "tiny_saes"),
 }
@@ -72,7 +73,8 @@ if TYPE_CHECKING:
     from qscope_jax.sae.metrics import evaluate_sae
     from qscope_jax.training.activations import ActivationConfig
     from qscope_jax.training.loop import LoopConfig, train
-    from qscope_jax.training.sae import SAEConfig, SAETraining
+    from qscope_jax.training.sae import SAETraining
+    from qscope_jax.training.sae_config import SAEConfig
     from qscope_jax.training.tokens import TokenStream
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 _HELD_OUT = 256
 _MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh"}
+_SIZE = ("k", "steps", "activation", "max_active", "multi_topk_weight", "learning_rate", "warmup_steps", "decay_share", "aux_weight", "aux_k",
+         "dead_after_tokens", "clip", "ema", "bandwidth", "sparsity_weight", "compute_dtype", "micro_batches", "num_seeds", "seed")  # fmt: skip
 _METRICS = {"fvu": "FVU", "fvu_all": "FVU, all tokens", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelOptions):
-    """Train top-k SAEs for one or several layers at once, on activations made on the fly."""
+    """Train SAEs for one or several layers at once, on activations made on the fly or kept on disk."""
 
     out: str
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints and, at the end, the SAEs in saes."""
@@ -40,12 +42,22 @@ class Config(ModelOptions):
     """Read at most so many documents."""
     holdout_share: float = 0.01
     """Share of the documents, at their end, kept for evaluation (at most 256 documents); 0 keeps none."""
+    activations: str = ""
+    """Folder that `qscope cache-activations` wrote, to train on instead of running the model on `data` (which then gives held-out texts alone)."""
     layers: Integers | None = None
-    """Layers: all, 3 or 2,4-5; by default all."""
+    """Layers: all, 3 or 2,4-5; by default all (that the cache has)."""
     num_features: int | None = None
     """Features of each SAE, by default 16 times the model's width."""
     k: int = 50
-    """Active features a token."""
+    """Active features a token: exactly, on average (batch_topk), or the aim (jumprelu)."""
+    activation: Literal["topk", "batch_topk", "jumprelu"] = "topk"
+    """Which features are active: a token's k largest, the batch's k a token, or those above thresholds that are learnt."""
+    max_active: int | None = None
+    """Most active features of one token with batch_topk and jumprelu, by default 4 k."""
+    multi_topk_weight: float = 0.0
+    """Weight of the loss of a reconstruction from the 4 k largest, beside topk; 0 leaves it out, Gao et al. use 0.125."""
+    num_seeds: int = 1
+    """SAEs of each layer, with seeds that follow each other."""
     steps: int = 1000
     """Optimiser steps."""
     batch_tokens: int = 2048
@@ -56,12 +68,26 @@ class Config(ModelOptions):
     """Tokens of a row of the model's batch; documents share rows and are cut into pieces of this length."""
     model_batch: int = 16
     """Rows of the model's batch."""
+    lanes: int = 1
+    """Independent streams of documents and parts of the buffer, on a mesh a multiple of its data axis."""
+    micro_batches: int = 1
+    """Parts in which a step's tokens are worked through, so that temporary arrays are smaller; changes no gradient."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the SAEs' products; their parameters are float32."""
     learning_rate: float | None = None
     """Peak rate of Adam, by default 2e-4 / sqrt(features / 16384)."""
     warmup_steps: int = 1000
     """Steps of linear warm-up, at most a tenth of the run."""
     decay_share: float = 0.2
     """Share of the run, at its end, over which the rate falls to 0."""
+    clip: float = 1.0
+    """Largest gradient norm of each SAE."""
+    ema: float = 0.0
+    """Decay of an average of the parameters, which then are the SAEs; 0 keeps none."""
+    sparsity_weight: float = 1.0
+    """Weight of jumprelu's penalty (L0 / k - 1)^2."""
+    bandwidth: float = 1e-3
+    """Window in which jumprelu's thresholds learn, in units of inputs of unit mean squared norm."""
     aux_weight: float = 1 / 32
     """Weight of the loss that revives dead features."""
     aux_k: int | None = None
@@ -112,30 +138,10 @@ def run(config: Config) -> dict[str, Any]:
     result = {
         "finished": True,
         "saes": str(out / "saes"),
-        "layers": {layer: {name: metrics[name][i] for name in _METRICS} for i, layer in enumerate(recipe.activations.layers) if metrics},
+        "layers": {layer: {name: metrics[name][i] for name in _METRICS} for i, layer in enumerate(recipe.layers) if metrics},
     }
     _show(result, out)
     return result
-
-
-class Slice(Sequence[str]):
-    """Some documents of a collection, read when they are asked for."""
-
-    def __init__(self, texts: Sequence[str], indices: range):
-        """Show the documents at `indices`."""
-        self._texts, self._indices = texts, indices
-
-    def __len__(self) -> int:
-        """Number of documents."""
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Slice": ...
-    def __getitem__(self, index: int | slice) -> "str | Slice":
-        """A document, or some of them, still unread."""
-        return Slice(self._texts, self._indices[index]) if isinstance(index, slice) else self._texts[self._indices[index]]
 
 
 def _check(config: Config, out: Path) -> None:
@@ -167,8 +173,10 @@ def _texts(config: Config) -> Sequence[str]:
 
 def _recipe(model: "LanguageModel", texts: Sequence[str], config: Config) -> "SAETraining":
     from qscope_jax.data.batches import BatchConfig
-    from qscope_jax.training.activations import ActivationConfig
-    from qscope_jax.training.sae import SAEConfig, SAETraining
+    from qscope_jax.data.texts import Slice
+    from qscope_jax.training.activations import ActivationConfig, ActivationStream
+    from qscope_jax.training.sae import SAETraining
+    from qscope_jax.training.sae_config import SAEConfig
     from qscope_jax.training.tokens import TokenStream
 
     kept = len(texts) - max(round(config.holdout_share * len(texts)), 1 if config.holdout_share else 0)
@@ -181,16 +189,21 @@ def _recipe(model: "LanguageModel", texts: Sequence[str], config: Config) -> "SA
         ids = model.tokenizer(text, verbose=False)["input_ids"]
         return [*ids, *end] if ids else []
 
-    rows = BatchConfig(config.model_batch, config.sequence_length, seed=config.seed)
-    activations = ActivationConfig(
-        tuple(range(model.config.num_layers)) if config.layers is None else config.layers, batch_tokens=config.batch_tokens,
-        buffer_batches=config.buffer_batches, max_norm_multiple=config.max_norm_multiple, drop_first=not config.keep_first, seed=config.seed,
-    )  # fmt: skip
-    names = ("k", "steps", "learning_rate", "warmup_steps", "decay_share", "aux_weight", "aux_k", "dead_after_tokens", "seed")
     features = 16 * model.config.d_model if config.num_features is None else config.num_features
-    size = SAEConfig(num_features=features, **{name: getattr(config, name) for name in names})
+    size = SAEConfig(num_features=features, **{name: getattr(config, name) for name in _SIZE})
     train_texts = Slice(texts, range(kept))
-    return SAETraining(model, lambda: TokenStream(train_texts, tokenize, rows), activations, size, cut_texts(model, held_out, config.sequence_length))
+    layers = tuple(range(model.config.num_layers)) if config.layers is None else config.layers
+    filtering = ActivationConfig(
+        layers, batch_tokens=config.batch_tokens, buffer_batches=config.buffer_batches, max_norm_multiple=config.max_norm_multiple,
+        drop_first=not config.keep_first, lanes=config.lanes, seed=config.seed,
+    )  # fmt: skip
+
+    def activations() -> ActivationStream:
+        rows = BatchConfig(config.model_batch, config.sequence_length, seed=config.seed)
+        tokens = TokenStream(train_texts, tokenize, rows, lanes=config.lanes, mesh=model.mesh)
+        return ActivationStream(model.decoder, tokens, filtering, model.mesh)
+
+    return SAETraining(model, layers, activations, size, cut_texts(model, held_out, config.sequence_length))
 
 
 def _write_config(path: Path, config: Config) -> None:

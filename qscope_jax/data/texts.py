@@ -60,6 +60,26 @@ def load_texts(source: str | Path, *, column: str = "text", split: str = "train"
     return texts
 
 
+class Slice(Sequence[str]):
+    """Some documents of a collection, read when they are asked for."""
+
+    def __init__(self, texts: Sequence[str], indices: range):
+        """Show the documents at `indices`."""
+        self._texts, self._indices = texts, indices
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Slice": ...
+    def __getitem__(self, index: int | slice) -> "str | Slice":
+        """A document, or some of them, still unread."""
+        return Slice(self._texts, self._indices[index]) if isinstance(index, slice) else self._texts[self._indices[index]]
+
+
 # Documents of type str, unread: a checker of types that samples elements would read, and fail on, a damaged row before its time.
 _Documents: TypeAlias = Sequence[Any]
 

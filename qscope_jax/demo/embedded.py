@@ -12,9 +12,10 @@ from qscope_jax.errors import SourceError
 from qscope_jax.models.language_model import LanguageModel, load_model
 from qscope_jax.sae.formats.own_format import write_folder
 from qscope_jax.sae.layer_sae import LayerSAE
-from qscope_jax.training.activations import ActivationConfig
+from qscope_jax.training.activations import ActivationConfig, ActivationStream
 from qscope_jax.training.loop import LoopConfig, train
-from qscope_jax.training.sae import SAEConfig, SAETraining
+from qscope_jax.training.sae import SAETraining
+from qscope_jax.training.sae_config import SAEConfig
 from qscope_jax.training.tokens import TokenStream
 
 TINY = Path(__file__).parent / "tiny"
@@ -46,11 +47,12 @@ def tiny_model(dtype: str = "float32") -> LanguageModel:
 
 def sae_training(model: LanguageModel, texts: Sequence[str], settings: TinySAESettings, held_out: Sequence[str] = ()) -> SAETraining:
     """The recipe that trains SAEs for every layer of a small model on texts."""
-
-    def tokens() -> TokenStream:
-        return TokenStream(texts, lambda text: [*model.tokenize([text])[0], END_TOKEN], BatchConfig(16, 128))
-
     activations = ActivationConfig(tuple(range(model.config.num_layers)), batch_tokens=settings.batch_tokens)
+
+    def stream() -> ActivationStream:
+        tokens = TokenStream(texts, lambda text: [*model.tokenize([text])[0], END_TOKEN], BatchConfig(16, 128))
+        return ActivationStream(model.decoder, tokens, activations, model.mesh)
+
     config = SAEConfig(
         num_features=settings.num_features,
         k=settings.k,
@@ -58,7 +60,7 @@ def sae_training(model: LanguageModel, texts: Sequence[str], settings: TinySAESe
         learning_rate=settings.learning_rate,
         dead_after_tokens=settings.dead_after_tokens,
     )
-    return SAETraining(model, tokens, activations, config, held_out)
+    return SAETraining(model, activations.layers, stream, config, held_out)
 
 
 def tiny_saes(say: Callable[[str], None] = lambda text: None) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qscope_jax.errors import ConfigError
@@ -94,6 +95,18 @@ def parameter_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedShar
     return NamedSharding(mesh, partition_spec((*stacked, *logical), shape, mesh))
 
 
+def stack_spec(path: Sequence[object]) -> PartitionSpec:
+    """Spec of an array of stacked SAEs, or of one that is shaped like it, by its key path: the stack over `fsdp`, features over `tensor`.
+
+    Arrays that are not of a parameter's name hold a number of each SAE, or one of each feature.
+    """
+    try:
+        logical = PARAMETER_AXES[leaf_name(path)]
+    except StopIteration:
+        logical = ("features",) if any(getattr(key, "name", None) == "tokens_since_fired" for key in path) else ()
+    return PartitionSpec(*(PARAMETER_RULES[name] for name in ("stack", *logical)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -102,6 +115,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Sharding of a batch: rows over `data` and `fsdp`, the other dimensions whole."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(None,) * (ndim - 1)))
+
+
+def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A batch on the mesh; of an array that spans processes each reads only the rows that are its own."""
+    sharding = batch_sharding(mesh, rows.ndim)
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
 def shard_tree(tree: _Tree, mesh: Mesh) -> _Tree:

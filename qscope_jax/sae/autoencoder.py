@@ -1,6 +1,5 @@
 """The sparse autoencoder: residual stream to sparse code and back."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -8,11 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from qscope_jax.models.linear import linear
+from qscope_jax.sae.selection import largest_features, pre_activations
 from qscope_jax.sae.sparse import chosen_pre_activations, sparse_decode
-from qscope_jax.sae.topk import top_k
-
-_CHUNK = 256
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +86,7 @@ class SparseAutoencoder(nnx.Module):
         W, b = self.W_enc[...], self.b_enc[...]
         if features is not None:
             W, b = W[features], b[features]
-        return linear(self.encoder_input(x_ND), W.astype(jnp.float32)) + b.astype(jnp.float32)
+        return pre_activations(self.encoder_input(x_ND), W.astype(jnp.float32), b.astype(jnp.float32))
 
     def encode(self, x_ND: Float[Array, "N D"], *, k: int | None = None, allowed_F: Bool[Array, " F"] | None = None) -> SparseCode:
         """The sparse code of every token; its gradient reaches the encoder rows of active features, and only those.
@@ -102,15 +98,9 @@ class SparseAutoencoder(nnx.Module):
         """
         W, b = self.W_enc[...].astype(jnp.float32), self.b_enc[...].astype(jnp.float32)
 
-        def choose(x_ND: Array) -> tuple[Array, Array]:
-            z_NF = linear(x_ND, W) + b
-            if self.activation != "topk":
-                z_NF = jnp.where(z_NF > self.threshold[...].astype(jnp.float32), z_NF, -jnp.inf)
-            if allowed_F is not None:
-                z_NF = jnp.where(allowed_F, z_NF, -jnp.inf)
-            return top_k(z_NF, self.k if k is None else k)
-
-        values_NK, indices_NK = jax.lax.stop_gradient(_in_chunks(choose, self.encoder_input(x_ND), self.num_features))
+        floor_F = None if self.activation == "topk" else self.threshold[...].astype(jnp.float32)
+        chosen = largest_features(self.encoder_input(x_ND), W, b, self.k if k is None else k, floor_F=floor_F, allowed_F=allowed_F)
+        values_NK, indices_NK = jax.lax.stop_gradient(chosen)
         return self.at(SparseCode(jnp.maximum(values_NK, 0), indices_NK), x_ND)
 
     def at(self, code: SparseCode, x_ND: Float[Array, "N D"]) -> SparseCode:
@@ -132,15 +122,3 @@ def densify(code: SparseCode, num_features: int) -> Float[Array, "N F"]:
     """The code as a dense array, for tests, plots and small dictionaries."""
     rows = jnp.arange(code.values.shape[0], dtype=jnp.int32)[:, None]
     return jnp.zeros((code.values.shape[0], num_features), code.values.dtype).at[rows, code.indices].add(code.values)
-
-
-def _in_chunks(choose: Callable[[Array], tuple[Array, Array]], x_ND: Array, num_features: int) -> tuple[Array, Array]:
-    """`choose` over groups of 256 tokens where the pre-activations of all at once would leave a CPU's caches."""
-    tokens, width = x_ND.shape
-    chunks = tokens // _CHUNK
-    if jax.default_backend() != "cpu" or chunks < 2 or tokens * num_features < _CHUNK * 16384:
-        return choose(x_ND)
-    parts = [out.reshape(chunks * _CHUNK, -1) for out in jax.lax.map(choose, x_ND[: chunks * _CHUNK].reshape(chunks, _CHUNK, width))]
-    if tokens % _CHUNK:
-        parts = [jnp.concatenate(pair) for pair in zip(parts, choose(x_ND[chunks * _CHUNK :]), strict=True)]
-    return parts[0], parts[1]

@@ -2,7 +2,7 @@
 
 Three primitives serve decoding, encoding's gradient and decoding's gradient. Each has a `dense` form (scatter to [N, F], one matmul), a
 `gather` form ([N, K, D] at once) and a `scan` form (small steps, no temporary memory). `strategy` chooses by backend and shape;
-tests hold the forms equal.
+tests hold the forms equal. Matrices and streams may be bfloat16, which halves what is read; sums are float32.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_HIGHEST = jax.lax.Precision.HIGHEST
+from qscope_jax.models.linear import precision_for
 
 
 def strategy(num_features: int, width: int, k: int) -> str:
@@ -33,27 +33,28 @@ def combine_rows(
     """`sum_k values[n, k] * W[indices[n, k]]`: decoding, and the gradient of encoding with respect to its input."""
     how = how or strategy(W_FD.shape[0], W_FD.shape[1], indices_NK.shape[1])
     if how == "dense":
-        return jnp.matmul(_densify(values_NK, indices_NK, W_FD.shape[0]), W_FD, precision=_HIGHEST)
+        return _product("nf,fd->nd", _densify(values_NK.astype(W_FD.dtype), indices_NK, W_FD.shape[0]), W_FD)
     if how == "gather":
-        return jnp.einsum("nk,nkd->nd", values_NK, W_FD[indices_NK], precision=_HIGHEST)
+        return _product("nk,nkd->nd", values_NK.astype(W_FD.dtype), W_FD[indices_NK])
 
     def add(total_ND: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
         value_N, index_N = column
-        return total_ND + value_N[:, None] * W_FD[index_N], None
+        return total_ND + value_N[:, None] * W_FD[index_N].astype(jnp.float32), None
 
-    start = jnp.zeros((values_NK.shape[0], W_FD.shape[1]), W_FD.dtype)
+    start = jnp.zeros((values_NK.shape[0], W_FD.shape[1]), jnp.float32)
     return jax.lax.scan(add, start, (values_NK.T, indices_NK.T))[0]
 
 
 def dot_rows(y_ND: Float[Array, "N D"], indices_NK: Int[Array, "N K"], W_FD: Float[Array, "F D"], how: str | None = None) -> Float[Array, "N K"]:
     """`y[n] . W[indices[n, k]]`: the gradient of decoding with respect to the values."""
     how = how or strategy(W_FD.shape[0], W_FD.shape[1], indices_NK.shape[1])
+    y_ND = y_ND.astype(W_FD.dtype)
     if how == "dense":
-        return jnp.take_along_axis(jnp.matmul(y_ND, W_FD.T, precision=_HIGHEST), indices_NK, axis=1)
+        return jnp.take_along_axis(_product("nd,fd->nf", y_ND, W_FD), indices_NK, axis=1)
     if how == "gather":
-        return jnp.einsum("nd,nkd->nk", y_ND, W_FD[indices_NK], precision=_HIGHEST)
+        return _product("nd,nkd->nk", y_ND, W_FD[indices_NK])
     # The rows of eight tokens fit into a core's cache.
-    return jax.lax.map(lambda token: jnp.matmul(W_FD[token[1]], token[0], precision=_HIGHEST), (y_ND, indices_NK), batch_size=8)
+    return jax.lax.map(lambda token: _product("kd,d->k", W_FD[token[1]], token[0]), (y_ND, indices_NK), batch_size=8)
 
 
 def scatter_rows(
@@ -62,11 +63,15 @@ def scatter_rows(
     """`out[f] = sum of values[n, k] * y[n] over indices[n, k] = f`: the gradient of either matrix."""
     how = how or strategy(num_features, y_ND.shape[1], indices_NK.shape[1])
     if how == "dense":
-        return jnp.matmul(_densify(values_NK, indices_NK, num_features).T, y_ND, precision=_HIGHEST)
+        return _product("nf,nd->fd", _densify(values_NK.astype(y_ND.dtype), indices_NK, num_features), y_ND)
     if how == "gather":
-        zeros_FD = jnp.zeros((num_features, y_ND.shape[1]), y_ND.dtype)
-        return zeros_FD.at[indices_NK].add(values_NK[..., None] * y_ND[:, None])
-    return _sum_by_feature(values_NK, indices_NK, y_ND, num_features)
+        zeros_FD = jnp.zeros((num_features, y_ND.shape[1]), jnp.float32)
+        return zeros_FD.at[indices_NK].add(values_NK[..., None] * y_ND[:, None].astype(jnp.float32))
+    return _sum_by_feature(values_NK, indices_NK, y_ND.astype(jnp.float32), num_features)
+
+
+def _product(formula: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(formula, left, right, precision=precision_for(right.dtype), preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

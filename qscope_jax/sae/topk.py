@@ -6,7 +6,9 @@ K blocks: about half the time of `lax.top_k` over the whole row on a CPU.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from qscope_jax.parallel.shards import Shards
 
 _BLOCK = 64
 _PARTS = 16
@@ -46,3 +48,61 @@ def _top_k_in_parts(rows_NW: Array, k: int) -> tuple[Array, Array]:
         return values_NK, indices_NK
     parts = [jax.lax.top_k(part, k) for part in jnp.split(rows_NW, _PARTS)]
     return jnp.concatenate([values for values, _ in parts]), jnp.concatenate([indices for _, indices in parts])
+
+
+def shard_winners(values_NK: Float[Array, "N J"], k: int, shards: Shards) -> Bool[Array, "N J"]:
+    """Which of a shard's own largest values are among the k largest of all shards of features.
+
+    Exact, ties included (to the lower feature, as `top_k` on one device): every shard brings its k largest, so all winners are there. One
+    all-gather of J values a shard and token; no gradient goes through it. The winners are a prefix of each row, as rows are descending.
+
+    Args:
+        values_NK: The shard's largest values, at least k of them or all it has, descending, equal ones by feature.
+        k: How many win over all shards.
+        shards: The axes of the mesh.
+    """
+    own = values_NK.shape[1]
+    all_NS = shards.gather_features(jax.lax.stop_gradient(values_NK))
+    if all_NS.shape[1] <= k:
+        return jnp.ones(values_NK.shape, bool)
+    least_N1 = jax.lax.top_k(all_NS, k)[0][:, -1:]
+    above_NS, tied_NS = all_NS > least_N1, all_NS == least_N1
+    room_N1 = k - jnp.sum(above_NS, axis=1, keepdims=True, dtype=jnp.int32)
+    rank_NS = jnp.cumsum(tied_NS, axis=1, dtype=jnp.int32)
+    winners_NS = above_NS | (tied_NS & (rank_NS <= room_N1))
+    return jax.lax.dynamic_slice_in_dim(winners_NS, shards.feature_shard * own, own, axis=1)
+
+
+def batch_winners(values_NJ: Float[Array, "N J"], total: int, shards: Shards) -> tuple[Bool[Array, "N J"], Float[Array, ""]]:
+    """Which values are among the `total` largest positive ones of the whole batch, over all shards, and the least of them (0 if none is positive).
+
+    Exact: the bits of non-negative floats sort as integers, so the least winner is found bit by bit, by 31 counts that are added up over
+    the mesh; values equal to it win in the order of tokens, then features.
+
+    Args:
+        values_NJ: Non-negative values of this shard's tokens and features, each row in order of value, equal ones by feature.
+        total: Winners wanted over the whole batch.
+        shards: The axes of the mesh.
+    """
+    bits_NJ = jax.lax.bitcast_convert_type(values_NJ, jnp.int32)
+
+    def count(least: Array) -> Array:
+        return shards.sum(jnp.sum(bits_NJ >= least, dtype=jnp.int32))
+
+    def narrow(step: Array, least: Array) -> Array:
+        candidate = least | (jnp.int32(1) << (30 - step))
+        return jnp.where(count(candidate) >= total, candidate, least)
+
+    # Without enough positive values the search ends at 0; all that are positive win then.
+    found = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
+    above_NJ, tied_NJ = bits_NJ > found, (bits_NJ == found) & (found > 0)
+    room = total - shards.sum(jnp.sum(above_NJ, dtype=jnp.int32))
+    ties_N1 = jnp.sum(tied_NJ, axis=1, keepdims=True, dtype=jnp.int32)
+    by_shard_NS = shards.gather_features(ties_N1)
+    here = jnp.arange(by_shard_NS.shape[1], dtype=jnp.int32) < shards.feature_shard
+    of_lower_features_N = jnp.sum(jnp.where(here, by_shard_NS, 0), axis=1, dtype=jnp.int32)
+    of_token_N = jnp.sum(by_shard_NS, axis=1, dtype=jnp.int32)
+    of_earlier_N = jnp.cumsum(of_token_N, dtype=jnp.int32) - of_token_N + shards.earlier_tokens(jnp.sum(of_token_N, dtype=jnp.int32))
+    rank_NJ = (of_earlier_N + of_lower_features_N)[:, None] + jnp.cumsum(tied_NJ, axis=1, dtype=jnp.int32)
+    winners_NJ = above_NJ | (tied_NJ & (rank_NJ <= room))
+    return winners_NJ, jax.lax.bitcast_convert_type(found, jnp.float32)

@@ -1,27 +1,102 @@
-"""Token batches as the training loop wants them."""
+"""Token batches as the training loop wants them: endless, resumable, and in lanes that several processes can share."""
 
+import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from qscope_jax.data.batches import BatchConfig, TokenBatch, token_batches
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qscope_jax.data.batches import BatchConfig, TokenBatch, TokenBatchIterator, token_batches
+from qscope_jax.data.texts import Slice
+from qscope_jax.errors import ConfigError
+from qscope_jax.parallel.rules import batch_sharding
 from qscope_jax.training.checkpoint import StreamState
 
 
 class TokenStream:
-    """Token batches as the loop wants them: endless, with their place in the data."""
+    """Token batches as the loop wants them: endless, with their place in the data.
 
-    def __init__(self, documents: Sequence[str], tokenize: Callable[[str], Sequence[int]], config: BatchConfig):
-        """Stand before the first batch of `documents`."""
-        self._batches = token_batches(documents, tokenize, config)
-        self.shape = (config.batch_size, config.length)
+    A stream has lanes: lane v reads documents v, v + lanes, ... and makes rows of its own, which lie behind each other in a batch. A process
+    reads the lanes alone whose rows are on its devices, so the batches do not depend on how many processes there are.
+    """
+
+    def __init__(
+        self, documents: Sequence[str], tokenize: Callable[[str], Sequence[int]], config: BatchConfig, *, lanes: int = 1, mesh: Mesh | None = None
+    ):
+        """Stand before the first batch of `documents`.
+
+        Args:
+            documents: All documents; those of other processes' lanes are not read.
+            tokenize: Token ids of a document.
+            config: Rows and their length, of the whole batch.
+            lanes: Independent streams of documents; must divide the rows.
+            mesh: Where batches are used, if that spans processes.
+
+        Raises:
+            ConfigError: lanes do not divide the rows, or are more than the documents.
+        """
+        if lanes < 1 or config.batch_size % lanes:
+            raise ConfigError(f"a batch of {config.batch_size} rows cannot be split into {lanes} lanes; expected a multiple of them")
+        if len(documents) < lanes:
+            raise ConfigError(f"there are {len(documents)} documents for {lanes} lanes; give each at least one, or fewer lanes")
+        self.lanes, self.shape = lanes, (config.batch_size, config.length)
+        rows = BatchConfig(config.batch_size // lanes, config.length, config.seed, config.pack, config.epochs, config.prefetch)
+        own = range(lanes) if mesh is None else _own_lanes(mesh, self.shape, lanes)
+        self._iterators: dict[int, TokenBatchIterator] = {
+            lane: token_batches(documents if lanes == 1 else Slice(documents, range(lane, len(documents), lanes)), tokenize, rows) for lane in own
+        }
 
     def __next__(self) -> TokenBatch:
-        """The next batch."""
-        return next(self._batches)
+        """The next batch; rows of other processes' lanes are padding here."""
+        found = {lane: next(iterator) for lane, iterator in self._iterators.items()}
+        if self.lanes == 1:
+            return found[0]
+        arrays = []
+        for name in ("tokens_BT", "segment_ids_BT", "positions_BT"):
+            rows = np.zeros((self.lanes, self.shape[0] // self.lanes, self.shape[1]), np.int32)
+            for lane, batch in found.items():
+                rows[lane] = getattr(batch, name)
+            arrays.append(rows.reshape(self.shape))
+        return TokenBatch(*arrays)
 
     def get_state(self) -> StreamState:
-        """Place in the data."""
-        return StreamState({}, self._batches.get_state())
+        """Place in the data, of all lanes; in a run of several processes each must ask."""
+        states = {str(lane): iterator.get_state() for lane, iterator in self._iterators.items()}
+        return StreamState({}, {"lanes": self.lanes, "places": _of_all_processes(states)})
 
     def set_state(self, state: StreamState) -> None:
-        """Go to a place in the data."""
-        self._batches.set_state(dict(state.cursor))
+        """Go to a place in the data.
+
+        Raises:
+            InputError: it is of other documents or settings.
+            ConfigError: it is of another number of lanes.
+        """
+        found = state.cursor.get("lanes", self.lanes)
+        if found != self.lanes:
+            raise ConfigError(f"the data state has {found} lanes, this run {self.lanes}; resume with the lanes of then")
+        for lane, iterator in self._iterators.items():
+            iterator.set_state(state.cursor.get("places", {}).get(str(lane), {}))
+
+
+def _own_lanes(mesh: Mesh, shape: tuple[int, int], lanes: int) -> list[int]:
+    """Lanes that hold a row of this process's devices."""
+    rows, size = np.arange(shape[0]), shape[0] // lanes
+    places = batch_sharding(mesh, 2).addressable_devices_indices_map(shape)
+    return sorted({int(row) // size for index in places.values() for row in rows[index[0]]})
+
+
+def _of_all_processes(states: dict[str, Any]) -> dict[str, Any]:
+    """The states of every process together, on all of them."""
+    if jax.process_count() == 1:
+        return states
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(states).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.zeros(int(np.max(lengths)), np.uint8)
+    padded[: text.size] = text
+    everyone = multihost_utils.process_allgather(padded)
+    parts = [json.loads(bytes(row[: int(length)])) for row, length in zip(everyone, lengths, strict=True)]
+    return {lane: place for part in parts for lane, place in part.items()}

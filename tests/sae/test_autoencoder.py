@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qscope_jax.sae import autoencoder
+from qscope_jax.sae import selection
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode, densify
 
 N, F, D, K = 16, 96, 24, 6
@@ -192,7 +192,7 @@ def test_tokens_encoded_in_chunks_have_the_codes_of_all_at_once(tokens, monkeypa
     W, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8192, 4), (tokens, 4)))
     sae = SparseAutoencoder(W, W, jnp.zeros((8192,)), jnp.zeros((4,)), k=3)
     got = jax.jit(lambda x: sae.encode(x))(x)
-    monkeypatch.setattr(autoencoder, "_CHUNK", 10_000)
+    monkeypatch.setattr(selection, "_CHUNK", 10_000)
     whole = jax.jit(lambda x: sae.encode(x))(x)
     np.testing.assert_array_equal(got.indices, whole.indices)
     np.testing.assert_allclose(got.values, whole.values, rtol=1e-6)

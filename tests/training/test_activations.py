@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qscope_jax.data.batches import BatchConfig, TokenBatch
 from qscope_jax.errors import ConfigError, InputError, SourceError
 from qscope_jax.models.language_model import forward
+from qscope_jax.parallel.mesh import make_mesh
+from qscope_jax.parallel.rules import shard_tree
 from qscope_jax.training.activations import ActivationConfig, ActivationStream, geometric_median, mean_squared_norm
 from qscope_jax.training.tokens import TokenStream
 
@@ -18,7 +21,7 @@ class Recorded(TokenStream):
     """A token stream that remembers what it gave."""
 
     def __init__(self, tokens):
-        self._tokens, self.batches, self.shape = tokens, [], tokens.shape
+        self._tokens, self.batches, self.shape, self.lanes = tokens, [], tokens.shape, tokens.lanes
 
     def __next__(self):
         self.batches.append(next(self._tokens))
@@ -56,7 +59,7 @@ def test_every_token_that_counts_is_served_once_exactly_as_the_model_computed_it
     stream = ActivationStream(model.decoder, tokens, config(mix=mix))
     served = [row for _ in range(25) for row in rows(next(stream))]
     state = stream.get_state()
-    left = rows(state.arrays["buffer"][:, state.cursor["served"] : state.cursor["filled"]])
+    left = rows(state.arrays["buffer"][:, 0, state.cursor["served"] : state.cursor["filled"][0]])
     expected = rows_that_count(model.decoder, tokens.batches)
     assert Counter(served + left) == Counter(expected)
     assert state.cursor["refills"] > 3 and len(served) == 25 * 32
@@ -86,7 +89,7 @@ def test_first_tokens_and_outliers_are_dropped_and_counted(model, token_stream):
     keeping = Recorded(token_stream())
     stream = ActivationStream(model.decoder, keeping, config(drop_first=False, max_norm_multiple=0.0))
     next(stream)
-    served = rows(stream.get_state().arrays["buffer"][:, : stream.get_state().cursor["filled"]])
+    served = rows(stream.get_state().arrays["buffer"][:, 0, : stream.get_state().cursor["filled"][0]])
     assert Counter(served) == Counter(rows_that_count(model.decoder, keeping.batches, drop_first=False, drop_outliers=False))
     assert stream.dropped_tokens == 0
 
@@ -125,10 +128,71 @@ def test_a_share_kept_back_of_nearly_the_whole_buffer_still_serves(model, token_
     assert not served - Counter(rows_that_count(model.decoder, tokens.batches))
 
 
-def test_streams_that_are_not_finite_are_refused(model, token_stream):
+def test_a_model_that_gives_no_finite_stream_is_refused(model, token_stream):
     broken = jax.tree.map(lambda w: w * jnp.float32(jnp.nan), model.decoder)
-    with pytest.raises(SourceError, match="residual stream holds NaN or infinite values"):
+    with pytest.raises(SourceError, match="was NaN or infinite in 51 batches in a row"):
         next(ActivationStream(broken, token_stream(), config()))
+
+
+def test_tokens_whose_stream_is_not_finite_are_left_out_and_counted(model, documents, token_stream):
+    bad = ord("!") - 30
+    embedding = model.decoder.embedding[...].at[bad].set(jnp.nan)
+    damaged = jax.tree_util.tree_map_with_path(lambda path, leaf: embedding if "embedding" in jax.tree_util.keystr(path) else leaf, model.decoder)
+    texts = documents()
+    assert any("!" in text for text in texts)
+    tokens = Recorded(token_stream(texts))
+    stream = ActivationStream(damaged, tokens, config(mix=0.0))
+    served = np.concatenate([next(stream) for _ in range(8)], axis=1)
+    assert np.isfinite(served).all()
+    # What comes after the bad token in its document has seen it, and attention lets 0 * NaN through to its row's other documents.
+    hit = sum(((np.cumsum((batch.tokens_BT == bad) & (batch.segment_ids_BT == s), axis=1) > 0) & (batch.segment_ids_BT == s)).sum()
+              for batch in tokens.batches for s in range(1, 1 + batch.segment_ids_BT.max()))  # fmt: skip
+    assert stream.seen_tokens / 2 > stream.damaged_tokens >= hit > 0
+
+
+def lanes_of(documents, count) -> TokenStream:
+    return TokenStream(documents(), lambda text: [ord(character) - 30 for character in text], BatchConfig(8, 24), lanes=count)
+
+
+@pytest.mark.parametrize("axes", ["data=2", "data=4", "data=2,fsdp=2", "data=4,fsdp=2", "tensor=2"])
+def test_batches_depend_on_the_lanes_and_not_on_the_mesh(axes, model, documents):
+    settings = config(lanes=4)
+    alone = ActivationStream(model.decoder, lanes_of(documents, 4), settings)
+    mesh = make_mesh(axes)
+    stream = ActivationStream(shard_tree(model.decoder, mesh), lanes_of(documents, 4), settings, mesh)
+    first = np.asarray(alone.peek())
+    np.testing.assert_allclose(stream.peek(), first, atol=1e-5 * np.abs(first).max())
+    for _ in range(9):
+        batch, expected = next(stream), np.asarray(next(alone))
+        np.testing.assert_allclose(batch, expected, atol=1e-5 * np.abs(expected).max())
+    assert batch.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P("fsdp", "data", None)), 3)
+    assert (stream.seen_tokens, stream.dropped_tokens) == (alone.seen_tokens, alone.dropped_tokens)
+
+
+def test_every_lane_serves_its_own_documents_and_gives_up_little(model, documents):
+    tokens = Recorded(lanes_of(documents, 2))
+    stream = ActivationStream(model.decoder, tokens, config(lanes=2, mix=0.0))
+    served = [np.asarray(next(stream)) for _ in range(20)]
+    for lane, part in enumerate((slice(0, 16), slice(16, 32))):
+        own = [TokenBatch(*(getattr(batch, name)[4 * lane : 4 * lane + 4] for name in ("tokens_BT", "segment_ids_BT", "positions_BT")))
+               for batch in tokens.batches]  # fmt: skip
+        count = Counter(rows_that_count(model.decoder, own))
+        got = Counter(row for batch in served for row in rows(batch[:, part]))
+        # Rows of four documents at a time are another program than rows of eight: compared by how many there are, and by value below.
+        assert sum(got.values()) == 320 <= sum(count.values())
+        mine, theirs = (np.stack([np.frombuffer(row, np.float32) for row in found]) for found in (got, count))
+        assert np.abs(mine[:, None] - theirs[None]).max(axis=2).min(axis=1).max() < 1e-4
+    kept = sum(len(rows_that_count(model.decoder, [batch])) for batch in tokens.batches)
+    assert stream.seen_tokens - stream.dropped_tokens > 0.9 * kept
+
+
+def test_lanes_that_do_not_fit_are_refused(model, documents):
+    with pytest.raises(ConfigError, match="lanes is 2, expected a multiple of the mesh's data=4"):
+        ActivationStream(model.decoder, lanes_of(documents, 2), config(lanes=2), make_mesh("data=4"))
+    with pytest.raises(ConfigError, match="tokens come in 2 lanes, expected lanes = 4"):
+        ActivationStream(model.decoder, lanes_of(documents, 2), config(lanes=4))
+    with pytest.raises(ConfigError, match="8 rows, expected a multiple of data=1 times fsdp=3"):
+        ActivationStream(model.decoder, lanes_of(documents, 2), config(lanes=2), make_mesh("fsdp=3"))
 
 
 def test_texts_of_one_token_end_in_an_error_not_in_an_endless_loop(model, token_stream):
@@ -136,7 +200,10 @@ def test_texts_of_one_token_end_in_an_error_not_in_an_endless_loop(model, token_
         next(ActivationStream(model.decoder, token_stream(["a", "b", "c"]), config()))
 
 
-@pytest.mark.parametrize("changes", [{"layers": ()}, {"layers": (1, 1)}, {"batch_tokens": 0}, {"buffer_batches": 1}, {"mix": 1.0}, {"mix": -0.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"layers": ()}, {"layers": (1, 1)}, {"batch_tokens": 0}, {"buffer_batches": 1}, {"mix": 1.0}, {"mix": -0.1}, {"lanes": 0}, {"lanes": 3}],
+)
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(ConfigError):
         config(**changes)

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from qscope_jax.errors import InputError
+from qscope_jax.data.batches import BatchConfig
+from qscope_jax.errors import ConfigError, InputError
 from qscope_jax.training.checkpoint import StreamState
+from qscope_jax.training.tokens import TokenStream
 
 
 def test_batches_have_the_shape_the_stream_states_and_hold_the_documents(token_stream, documents):
@@ -31,3 +33,31 @@ def test_the_state_of_other_documents_is_refused(token_stream, documents):
         token_stream(documents(30)).set_state(token_stream().get_state())
     with pytest.raises(InputError, match="not one that a token batch iterator saved"):
         token_stream().set_state(StreamState({}, {}))
+
+
+def codes(text) -> list[int]:
+    return [ord(character) - 30 for character in text]
+
+
+def test_each_lane_reads_its_own_documents_and_makes_its_own_rows(documents):
+    texts = documents(60)
+    stream = TokenStream(texts, codes, BatchConfig(6, 24), lanes=3)
+    alone = [TokenStream(texts[lane::3], codes, BatchConfig(2, 24)) for lane in range(3)]
+    for _ in range(4):
+        batch, parts = next(stream), [next(one) for one in alone]
+        for name in ("tokens_BT", "segment_ids_BT", "positions_BT"):
+            np.testing.assert_array_equal(getattr(batch, name), np.concatenate([getattr(part, name) for part in parts]))
+    state = stream.get_state()
+    expected = next(stream).tokens_BT
+    stream.set_state(state)
+    np.testing.assert_array_equal(next(stream).tokens_BT, expected)
+
+
+def test_lanes_that_do_not_fit_are_refused(documents):
+    with pytest.raises(ConfigError, match="batch of 6 rows cannot be split into 4 lanes"):
+        TokenStream(documents(60), codes, BatchConfig(6, 24), lanes=4)
+    with pytest.raises(ConfigError, match="2 documents for 3 lanes"):
+        TokenStream(documents(2), codes, BatchConfig(6, 24), lanes=3)
+    state = TokenStream(documents(60), codes, BatchConfig(6, 24), lanes=2).get_state()
+    with pytest.raises(ConfigError, match="data state has 2 lanes, this run 3"):
+        TokenStream(documents(60), codes, BatchConfig(6, 24), lanes=3).set_state(state)

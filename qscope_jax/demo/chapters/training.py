@@ -17,10 +17,10 @@ def run(tour: Tour) -> Chapter:
     """Train, then evaluate on sentences that neither model nor SAEs have seen."""
     settings, model = tour.settings, tour.model
     recipe = sae_training(model, tour.documents, settings)
-    states = train(recipe, LoopConfig(steps=settings.steps))
-    tour.saes = recipe.export(states)
-    for sae, state in zip(tour.saes, states, strict=True):
-        tour.alive[sae.layer] = np.asarray(state.tokens_since_fired) < settings.dead_after_tokens
+    state = train(recipe, LoopConfig(steps=settings.steps))
+    tour.saes = recipe.export(state)
+    for sae, since_F in zip(tour.saes, np.asarray(state.tokens_since_fired), strict=True):
+        tour.alive[sae.layer] = since_F < settings.dead_after_tokens
     metrics = evaluate_sae(model, tour.saes, tour.held_out, splice=False)
     spliced = evaluate_sae(model, tour.saes, tour.held_out[:: max(len(tour.held_out) // _SPLICED_TEXTS, 1)])
     rows = []

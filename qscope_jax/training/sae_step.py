@@ -1,0 +1,322 @@
+"""One optimiser step of several SAEs at once, on one device or a mesh.
+
+The SAEs (of layers, and of seeds) are one pytree whose arrays have a leading axis. On a mesh that axis lies over `fsdp`, features over
+`tensor`, tokens over `data`, and every device works through its own SAEs one after the other with `sae_step`, so that each is what it
+would be alone. What crosses devices for an SAE and a batch of N tokens: the k largest pre-activations of each token and shard, sums of
+[N, D] over the shards of features, and the gradients' sum over `data`. No array of [N, F] does.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from qscope_jax.errors import ConfigError
+from qscope_jax.parallel.rules import stack_spec
+from qscope_jax.parallel.shards import Shards
+from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.training.sae_config import SAEConfig
+from qscope_jax.training.sae_gradient import loss_and_gradient, replace_params
+
+_Tree = TypeVar("_Tree")
+_BATCH = PartitionSpec("fsdp", "data", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SAEState:
+    """Training state of one SAE, or of S of them, every array then with a leading axis.
+
+    Attributes:
+        sae: Parameters, of inputs scaled to unit mean squared norm.
+        optimizer: Adam's moments and step.
+        tokens_since_fired: Tokens since each feature last fired, saturating.
+        scale: Root mean squared norm of the layer's stream: inputs are divided by it.
+        average: Running average of the parameters, not corrected for its beginning at 0; None where the config keeps none.
+    """
+
+    sae: SparseAutoencoder
+    optimizer: Any
+    tokens_since_fired: Int[Array, "*S F"]
+    scale: Float[Array, "*S"]
+    average: SparseAutoencoder | None = None
+
+
+class SAEStep:
+    """The optimiser of a config, and the step of S SAEs jitted for a mesh, its state donated.
+
+    On a CPU the gradients stay in the same memory from step to step: the system clears every page of a fresh array, which costs a tenth
+    of the step. What that memory holds is never read.
+    """
+
+    def __init__(self, config: SAEConfig, aux_k: int, mesh: Mesh | None = None):
+        """Describe the program; it compiles when first called.
+
+        Args:
+            config: Size and training.
+            aux_k: Slots of AuxK's code.
+            mesh: Where it runs; default one device.
+
+        Raises:
+            ConfigError: the mesh does not split the features evenly.
+        """
+        self.config, self.aux_k = config, aux_k
+        self.mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self.optimizer = optax.adam(config.schedule())
+        if self.mesh and config.num_features % self.mesh.shape["tensor"]:
+            raise ConfigError(f"the mesh has tensor={self.mesh.shape['tensor']}, which does not divide num_features = {config.num_features}")
+        self._program = jax.jit(self._run, donate_argnums=(0, 2), keep_unused=True)
+        self._memory: SparseAutoencoder | None = None
+
+    def __call__(self, state: SAEState, x_MND: Float[Array, "M N D"]) -> tuple[SAEState, Mapping[str, Float[Array, " S"]]]:
+        """One step of S = M * num_seeds SAEs; SAE s reads layer s // num_seeds of the batch. See `sae_step`.
+
+        Raises:
+            ConfigError: the batch cannot be split as the mesh and the micro-batches want it.
+        """
+        self._check(*x_MND.shape[:2])
+        memory, self._memory = self._memory, None
+        if memory is None and jax.default_backend() == "cpu":
+            memory = self._make_memory(state.sae)
+        if self.mesh:
+            x_MND = jax.device_put(x_MND, NamedSharding(self.mesh, _BATCH))
+        state, metrics, self._memory = self._program(state, x_MND, memory)
+        return state, metrics
+
+    def new_state(self, sae: SparseAutoencoder, scale: Float[Array, ""]) -> SAEState:
+        """The first state of one SAE.
+
+        Args:
+            sae: Parameters, of scaled inputs.
+            scale: What inputs are divided by.
+        """
+        counters = jnp.zeros((self.config.num_features,), jnp.int32)
+        average = jax.tree.map(jnp.zeros_like, sae) if self.config.ema else None
+        return SAEState(sae, self.optimizer.init(sae), counters, scale, average)  # pyright: ignore[reportArgumentType]
+
+    def stack(self, states: Any, count: int) -> SAEState:
+        """`count` states, made one after the other by an iterator, as one, each put in its place on the mesh."""
+        stacked: Any = None
+        for place, state in enumerate(states):
+            if stacked is None:
+                stacked = self._zeros(state, lambda shape: (count, *shape))
+            stacked = _put(stacked, state, jnp.int32(place))
+        return stacked
+
+    def abstract_state(self, num_saes: int, d_model: int) -> SAEState:
+        """Shapes, dtypes and shardings of a state of `num_saes` SAEs `d_model` wide."""
+        state = jax.eval_shape(lambda: self._any_state(num_saes, d_model))
+        if not self.mesh:
+            return state
+        leaves, tree = jax.tree.flatten(state)
+        shardings = [NamedSharding(self.mesh, spec) for spec in _specs(state)]
+        described = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in zip(leaves, shardings, strict=True)]
+        return jax.tree.unflatten(tree, described)
+
+    def lower(self, num_saes: int, d_model: int, batch_tokens: int, dtype: Any = jnp.float32) -> jax.stages.Lowered:
+        """The program for batches of `batch_tokens` tokens, lowered without any array: to look at, or to compile for machines elsewhere."""
+        layers = num_saes // self.config.num_seeds
+        self._check(layers, batch_tokens)
+        sharding = NamedSharding(self.mesh, _BATCH) if self.mesh else None
+        batch = jax.ShapeDtypeStruct((layers, batch_tokens, d_model), dtype, sharding=sharding)
+        return self._program.lower(self.abstract_state(num_saes, d_model), batch, None)
+
+    def _check(self, layers: int, tokens: int) -> None:
+        axes = self.mesh.shape if self.mesh else {"fsdp": 1, "data": 1}
+        if layers % axes["fsdp"]:
+            raise ConfigError(f"the mesh has fsdp={axes['fsdp']}, which does not divide the {layers} layers; choose another, or other layers")
+        parts = axes["data"] * self.config.micro_batches
+        if tokens % parts:
+            split = f"data={axes['data']} and micro_batches {self.config.micro_batches}"
+            raise ConfigError(f"a batch of {tokens} tokens cannot be split by {split}: expected a multiple of {parts}")
+
+    def _run(self, state: SAEState, x_MND: Array, memory: SparseAutoencoder | None) -> tuple[SAEState, dict[str, Array], SparseAutoencoder | None]:
+        if not self.mesh:
+            return self._each(Shards(), state, x_MND, memory)
+        # As flat lists: specs in the place of a state's arrays would be a state of something else.
+        (states, state_tree), (memories, memory_tree) = jax.tree.flatten(state), jax.tree.flatten(memory)
+        state_specs, memory_specs = _specs(state), _specs(memory)
+
+        def each(states: list[Array], x_MND: Array, memories: list[Array]) -> tuple[list[Array], dict[str, Array], list[Array]]:
+            shards = Shards.of(self.mesh) if self.mesh else Shards()
+            state, metrics, kept = self._each(shards, jax.tree.unflatten(state_tree, states), x_MND, jax.tree.unflatten(memory_tree, memories))
+            return jax.tree.leaves(state), metrics, jax.tree.leaves(kept)
+
+        # The specs of the outputs are claims about sums that every device has made equal, which the checker cannot follow through branches.
+        over_mesh = jax.shard_map(
+            each,
+            mesh=self.mesh,
+            in_specs=(state_specs, _BATCH, memory_specs),
+            out_specs=(state_specs, PartitionSpec("fsdp"), memory_specs),
+            check_vma=False,
+        )
+        states, metrics, memories = over_mesh(states, x_MND, memories)
+        return jax.tree.unflatten(state_tree, states), metrics, jax.tree.unflatten(memory_tree, memories)
+
+    def _each(
+        self, shards: Shards, state: SAEState, x_MND: Array, memory: SparseAutoencoder | None
+    ) -> tuple[SAEState, dict[str, Array], SparseAutoencoder | None]:
+        """This device's SAEs one after the other, in place."""
+        step = partial(sae_step, self.optimizer, self.config, self.aux_k, shards=shards, keep_gradient=memory is not None)
+        count, seeds = x_MND.shape[0] * self.config.num_seeds, self.config.num_seeds
+        if count == 1:
+            one, metrics, kept = step(_squeeze(state), x_MND[0])
+            return _unsqueeze(one), _unsqueeze(metrics), _unsqueeze(kept)
+
+        def turn(place: Array, carry: Any) -> Any:
+            state, metrics, _ = carry
+            one, measured, kept = step(_at(state, place), jax.lax.dynamic_index_in_dim(x_MND, place // seeds, keepdims=False))
+            return _put_in(state, one, place), _put_in(metrics, measured, place), _unsqueeze(kept)
+
+        metrics = {name: jnp.zeros((count,), jnp.float32) for name in METRICS}
+        return jax.lax.fori_loop(0, count, turn, (state, metrics, memory))
+
+    def _zeros(self, like: _Tree, leading: Callable[[tuple[int, ...]], tuple[int, ...]]) -> _Tree:
+        """Zeros of the shapes that `leading` makes of a tree's shapes, each array made where it lies."""
+        leaves, tree = jax.tree.flatten(like)
+        shardings = [NamedSharding(self.mesh, spec) for spec in _specs(like)] if self.mesh else None
+        shapes = [(leading(leaf.shape), leaf.dtype) for leaf in leaves]
+        zeros = jax.jit(lambda: [jnp.zeros(shape, dtype) for shape, dtype in shapes], out_shardings=shardings)()
+        return jax.tree.unflatten(tree, zeros)
+
+    def _make_memory(self, saes: SparseAutoencoder) -> SparseAutoencoder:
+        """Room for one SAE's gradients on each device."""
+        groups = self.mesh.shape["fsdp"] if self.mesh else 1
+        return self._zeros(saes, lambda shape: (groups, *shape[1:]))
+
+    def _any_state(self, num_saes: int, d_model: int) -> SAEState:
+        sae = empty_sae(self.config, d_model)
+        return jax.vmap(lambda _: self.new_state(sae, jnp.float32(1)))(jnp.zeros((num_saes,)))
+
+
+METRICS = ("fvu", "aux", "l0", "dead", "cut", "sparsity", "gradient_norm", "skipped")
+
+
+def sae_step(
+    optimizer: optax.GradientTransformation,
+    config: SAEConfig,
+    aux_k: int,
+    state: SAEState,
+    x_ND: Float[Array, "N D"],
+    *,
+    shards: Shards | None = None,
+    keep_gradient: bool = False,
+) -> tuple[SAEState, dict[str, Float[Array, ""]], SparseAutoencoder | None]:
+    """One optimiser step of one SAE on a batch of residual streams; also the gradient as it was before projection, where asked.
+
+    The decoder's gradient loses its part along each direction before clipping, and directions are renormalised after the step. A batch
+    whose gradient is not finite changes nothing but the metric `skipped`.
+    """
+    shards = shards or Shards()
+    x = x_ND.astype(jnp.float32) / state.scale
+    with jax.numpy_dtype_promotion("standard"):  # optax divides its int32 step
+        weight = config.sparsity_schedule()(_count(state.optimizer)) if config.activation == "jumprelu" else 0.0
+    found = loss_and_gradient(state.sae, x, state.tokens_since_fired, weight, config=config, aux_k=aux_k, shards=shards)
+    grads, norm = _project_and_clip(found.parameters, state.sae, config.clip, shards)
+    ok = jnp.isfinite(norm)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its int32 step
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.sae)  # pyright: ignore[reportArgumentType]
+    updates = jax.tree.map(lambda update: jnp.where(ok, update, jnp.zeros_like(update)), updates)
+    sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
+    # A branch also because without it XLA's CPU compiler makes one call of the update and the sums over its rows, in arrays of their own.
+    changes = {"W_dec": jax.lax.cond(ok, _normalise, lambda rows: rows, sae.W_dec[...])}
+    if config.activation == "jumprelu":
+        changes["threshold"] = jnp.maximum(sae.threshold[...], 0)
+    if config.activation == "batch_topk":
+        changes["threshold"] = _follow(sae.threshold[...], found.least_active, ok, config.threshold_decay)
+    sae = replace_params(sae, changes)
+    average = state.average
+    if average is not None:
+        average = jax.tree.map(lambda old, new: jnp.where(ok, config.ema * old + (1 - config.ema) * new, old), average, sae)
+    kept = jax.tree.map(lambda old, new: jnp.where(ok, new, old), (state.optimizer, state.tokens_since_fired), (opt_state, found.tokens_since_fired))
+    losses = {name: getattr(found.losses, name) for name in METRICS if hasattr(found.losses, name)}
+    metrics = losses | {"gradient_norm": norm, "skipped": 1 - ok.astype(jnp.float32)}
+    return SAEState(sae, *kept, state.scale, average), metrics, found.parameters if keep_gradient else None
+
+
+@cache
+def compiled_step(config: SAEConfig, aux_k: int, mesh: Mesh | None = None) -> SAEStep:
+    """The step of a config; recipes of one config share the program."""
+    return SAEStep(config, aux_k, mesh)
+
+
+def exported(state: SAEState, config: SAEConfig) -> SparseAutoencoder:
+    """The parameters to use, of scaled inputs: the corrected average where one is kept, with directions of unit length."""
+    if state.average is None:
+        return state.sae
+    correction = 1 - config.ema ** _count(state.optimizer).astype(jnp.float32)
+    sae = jax.tree.map(lambda leaf: leaf / jnp.maximum(correction, 1e-12), state.average)
+    changes = {"W_dec": _normalise(sae.W_dec[...])}
+    if config.activation == "batch_topk":  # an average already
+        changes["threshold"] = state.sae.threshold[...]
+    return replace_params(sae, changes)
+
+
+def empty_sae(config: SAEConfig, d_model: int) -> SparseAutoencoder:
+    """An SAE of zeros, of the config's shape and variant."""
+    rows, zeros_F = jnp.zeros((config.num_features, d_model)), jnp.zeros((config.num_features,))
+    return new_sae(rows, rows, zeros_F, jnp.zeros((d_model,)), config)
+
+
+def new_sae(W_enc: Array, W_dec: Array, b_enc: Array, b_dec: Array, config: SAEConfig) -> SparseAutoencoder:
+    """An SAE of the config's variant; thresholds of `batch_topk` begin at 0, which stands for none yet."""
+    first = {"batch_topk": 0.0, "jumprelu": config.threshold_init}.get(config.activation)
+    threshold = None if first is None else jnp.full_like(b_enc, first)
+    return SparseAutoencoder(W_enc, W_dec, b_enc, b_dec, k=config.slots, activation=config.activation, threshold=threshold)
+
+
+def _project_and_clip(grads: SparseAutoencoder, sae: SparseAutoencoder, clip: float, shards: Shards) -> tuple[SparseAutoencoder, Array]:
+    """The decoder's gradient without its part along each direction, all of it at most `clip` long, and its length before that."""
+    rows_FD = sae.W_dec[...]
+    along_F = jnp.sum(grads.W_dec[...] * rows_FD, axis=1)
+    # Pythagoras with unit directions, so that the projected gradient is made only where it is used.
+    of_b_dec = jnp.sum(jnp.square(grads.b_dec[...]))
+    of_features = optax.tree.norm(grads, squared=True) - of_b_dec - jnp.sum(jnp.square(along_F))
+    norm = jnp.sqrt(jnp.maximum(shards.sum_features(of_features) + of_b_dec, 0))
+    grads = replace_params(grads, {"W_dec": grads.W_dec[...] - along_F[:, None] * rows_FD})
+    return jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), grads), norm
+
+
+def _follow(threshold_F: Array, least: Array, ok: Array, decay: float) -> Array:
+    """`batch_topk`'s threshold: the first least active value, then a running average of them; batches without one change nothing."""
+    moved_F = jnp.where(threshold_F > 0, decay * threshold_F + (1 - decay) * least, least)
+    return jnp.where(ok & (least > 0), moved_F, threshold_F)
+
+
+def _normalise(rows_FD: Array) -> Array:
+    return rows_FD / (jnp.linalg.norm(rows_FD, axis=1, keepdims=True) + 1e-8)
+
+
+def _count(optimizer_state: Any) -> Array:
+    """Steps taken, as Adam counts them."""
+    return optax.tree.get(optimizer_state[0], "count")
+
+
+def _specs(tree: Any) -> list[PartitionSpec]:
+    """Specs of a tree's arrays, in the order of its leaves."""
+    return [stack_spec(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _squeeze(tree: _Tree) -> _Tree:
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _unsqueeze(tree: _Tree) -> _Tree:
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _at(tree: _Tree, place: Array) -> _Tree:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False), tree)
+
+
+def _put_in(stacked: _Tree, one: _Tree, place: Array) -> _Tree:
+    return jax.tree.map(lambda all_, leaf: jax.lax.dynamic_update_index_in_dim(all_, leaf, place, 0), stacked, one)
+
+
+_put = jax.jit(_put_in, donate_argnums=0)
