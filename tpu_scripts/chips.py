@@ -86,7 +86,9 @@ def describe(topology: str) -> Slice:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        # A machine has four chips or more, but one of them may be had alone.
+        bounds = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
     except Exception as error:  # libtpu raises plain RuntimeErrors of several kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"topology {topology}: cannot be described ({reason}); is libtpu installed (pip install libtpu)?") from error
@@ -111,7 +113,7 @@ def as_if_there(where: Slice) -> Iterator[None]:
 
 
 def _virtual(count: int) -> Sequence[Any]:
-    if jax.config.jax_num_cpu_devices < count:
+    if jax.config.jax_num_cpu_devices < count:  # pyright: ignore[reportAttributeAccessIssue]
         with suppress(RuntimeError):  # JAX has begun already; there may be enough
             jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")

@@ -11,6 +11,7 @@ _BITS = {
     "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
 }  # fmt: skip
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+)[ (].*\{$")
+_BRANCHES = ("true_computation", "false_computation", "branch_computations")
 _CALL = re.compile(
     r"\b(calls|to_apply|condition|body|true_computation|false_computation|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
@@ -40,7 +41,7 @@ class Collectives:
 def collectives(text: str) -> list[Collectives]:
     """Count the collectives of a compiled program, those in loops as often as the loop turns.
 
-    Both branches of a condition count.
+    Of a condition's branches the one that sends most counts.
 
     Args:
         text: `compiled.as_text()`.
@@ -89,10 +90,16 @@ def _walk(
     for line in computations.get(name, []):
         if match := _COLLECTIVE.search(line):
             yield match[2], _size(match[2], match[1], bool(match[3]), line), times, unknown
+        branches = []
         for role, callee in _calls(line):
             if callee in communicating:
                 turns = _turns(line, computations) if role == "body" else 1
-                yield from _walk(callee, computations, communicating, times * (turns or 1), unknown or turns is None)
+                below = _walk(callee, computations, communicating, times * (turns or 1), unknown or turns is None)
+                if role in _BRANCHES:
+                    branches.append(list(below))
+                else:
+                    yield from below
+        yield from max(branches, key=lambda found: sum(size * count for _, size, count, _ in found), default=())
 
 
 def _turns(line: str, computations: Mapping[str, list[str]]) -> int | None:

@@ -116,7 +116,7 @@ def test_groups_are_read_in_every_notation(groups):
     assert collectives(text) == [Collectives("reduce-scatter", 1, 4 * 2 * 4, False)]
 
 
-def test_both_branches_of_a_condition_count():
-    branch = "%{0} (p: f32[8]) -> f32[8] {{\n  ROOT %r.{0} = f32[8]{{0}} all-reduce(%p), to_apply=%add\n}}\n"
+def test_of_the_branches_of_a_condition_the_one_that_sends_most_counts():
+    branch = "%{0} (p: f32[{1}]) -> f32[{1}] {{\n  ROOT %r.{0} = f32[{1}]{{0}} all-reduce(%p), to_apply=%add\n}}\n"
     entry = "ENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %c = f32[8]{0} conditional(%i, %a, %a), branch_computations={%one, %two}\n}\n"
-    assert collectives(branch.format("one") + branch.format("two") + entry) == [Collectives("all-reduce", 2, 64, False)]
+    assert collectives(branch.format("one", 8) + branch.format("two", 16) + entry) == [Collectives("all-reduce", 1, 64, False)]
