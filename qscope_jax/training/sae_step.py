@@ -216,7 +216,7 @@ def sae_step(
     shards = shards or Shards()
     x = x_ND.astype(jnp.float32) / state.scale
     with jax.numpy_dtype_promotion("standard"):  # optax divides its int32 step
-        weight = config.sparsity_schedule()(_count(state.optimizer)) if config.activation == "jumprelu" else 0.0
+        weight: Any = config.sparsity_schedule()(_count(state.optimizer)) if config.activation == "jumprelu" else 0.0
     found = loss_and_gradient(state.sae, x, state.tokens_since_fired, weight, config=config, aux_k=aux_k, shards=shards)
     grads, norm = _project_and_clip(found.parameters, state.sae, config.clip, shards)
     ok = jnp.isfinite(norm)
@@ -234,10 +234,12 @@ def sae_step(
     average = state.average
     if average is not None:
         average = jax.tree.map(lambda old, new: jnp.where(ok, config.ema * old + (1 - config.ema) * new, old), average, sae)
-    kept = jax.tree.map(lambda old, new: jnp.where(ok, new, old), (state.optimizer, state.tokens_since_fired), (opt_state, found.tokens_since_fired))
+    opt_state, since_F = jax.tree.map(
+        lambda old, new: jnp.where(ok, new, old), (state.optimizer, state.tokens_since_fired), (opt_state, found.tokens_since_fired)
+    )
     losses = {name: getattr(found.losses, name) for name in METRICS if hasattr(found.losses, name)}
     metrics = losses | {"gradient_norm": norm, "skipped": 1 - ok.astype(jnp.float32)}
-    return SAEState(sae, *kept, state.scale, average), metrics, found.parameters if keep_gradient else None
+    return SAEState(sae, opt_state, since_F, state.scale, average), metrics, found.parameters if keep_gradient else None
 
 
 @cache

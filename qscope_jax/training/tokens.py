@@ -84,7 +84,7 @@ def _own_lanes(mesh: Mesh, shape: tuple[int, int], lanes: int) -> list[int]:
     """Lanes that hold a row of this process's devices."""
     rows, size = np.arange(shape[0]), shape[0] // lanes
     places = batch_sharding(mesh, 2).addressable_devices_indices_map(shape)
-    return sorted({int(row) // size for index in places.values() for row in rows[index[0]]})
+    return sorted({int(row) // size for index in places.values() if index for row in rows[index[0]]})
 
 
 def _of_all_processes(states: dict[str, Any]) -> dict[str, Any]:
