@@ -68,7 +68,7 @@ def plan_alone(tmp_path) -> Callable[..., Answer]:
         command = [sys.executable, "-m", "tpu_scripts.plan", *map(str, arguments)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**environment, "COLUMNS": "120"}, timeout=240)
-        return Answer(done.returncode, done.out, done.stderr)
+        return Answer(done.returncode, done.stdout, done.stderr)
 
     return run
 
