@@ -18,6 +18,7 @@ VERBS = {
     "compare": "find the features that tell two texts or files apart",
     "steer": "continue prompts with features added, clamped or removed",
     "train-sae": "train sparse autoencoders on a model's residual streams",
+    "cache-activations": "write residual streams to disk, to train on them many times",
     "eval-sae": "measure how faithful sparse autoencoders are",
 }
 _INTERRUPTED = 130
@@ -61,7 +62,7 @@ def _run(arguments: list[str]) -> None:
 
 def _help() -> str:
     """What `qscope --help` prints; it fits a terminal of 24 lines and 80 columns."""
-    verbs = "\n".join(f"  {name:<10} {sentence}" for name, sentence in VERBS.items())
+    verbs = "\n".join(f"  {name:<17} {sentence}" for name, sentence in VERBS.items())
     return (
         "usage: qscope VERB [OPTIONS]\n\nRead, steer and train on the features of Qwen models.\n\n"
         f"verbs:\n{verbs}\n\n"

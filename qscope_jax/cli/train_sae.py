@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,15 +12,17 @@ import yaml
 from qscope_jax.cli.options import Integers, check_at_least
 from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import ModelOptions, cut_texts, open_model
+from qscope_jax.cli.training_data import split_documents, tokenize_documents
 from qscope_jax.data.files import plain
 from qscope_jax.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
     from qscope_jax.models.language_model import LanguageModel
-    from qscope_jax.training.sae import SAETraining
+    from qscope_jax.training.sae import ActivationSource, SAETraining
 
 _HELD_OUT = 256
-_MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh"}
+_MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh", "keep_best",
+               "keep_best_mode", "tensorboard", "wandb"}  # fmt: skip
 _SIZE = ("k", "steps", "activation", "max_active", "multi_topk_weight", "learning_rate", "warmup_steps", "decay_share", "aux_weight", "aux_k",
          "dead_after_tokens", "clip", "ema", "bandwidth", "sparsity_weight", "compute_dtype", "micro_batches", "num_seeds", "seed")  # fmt: skip
 _METRICS = {"fvu": "FVU", "fvu_all": "FVU, all tokens", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
@@ -108,35 +110,47 @@ class Config(ModelOptions):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: str = ""
+    """Held-out metric, such as fvu, whose best checkpoint is kept and exported; of the steps that are both evaluated and saved."""
+    keep_best_mode: str = "min"
+    """Whether the least (min) or the greatest (max) value is best."""
     resume: bool = False
     """Continue the run in the folder, with the options that it began with."""
     progress: bool = True
     """Show a progress bar with rate and time left."""
+    tensorboard: bool = False
+    """Write metrics and rates to tensorboard in the folder too; needs tensorboardX."""
+    wandb: str = ""
+    """Project of Weights & Biases that metrics and rates go to as well; needs wandb."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train; returns the last held-out metrics of each layer and where the SAEs are."""
     from qscope_jax.demo.embedded import save_saes
-    from qscope_jax.training.loop import LoopConfig, train
+    from qscope_jax.training.loop import LoopConfig, best_state, train
 
     out = Path(config.out).expanduser()
     check_writable(config.out, folder=True)
     _check(config, out)
-    names = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "resume", "progress")
+    names = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "keep_best_mode", "resume", "progress",
+             "tensorboard", "wandb")  # fmt: skip
     loop = LoopConfig(run_dir=str(out), **{name: getattr(config, name) for name in names})
-    texts = _texts(config)
     model = open_model(config.model, config.dtype, config.mesh)
-    recipe = _recipe(model, texts, config)
+    recipe = _recipe(model, config)
     _write_config(out / "config.yaml", config)
     state = train(recipe, loop)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if not lines or lines[-1]["step"] < config.steps:
         print(f"Stopped; continue with: qscope train-sae --config {out / 'config.yaml'} --resume")
         return {"finished": False, "layers": {}}
+    exported = config.steps
+    if config.keep_best:
+        state, exported, _ = best_state(recipe, loop, state)
     save_saes(out / "saes", recipe.export(state))
-    metrics = next((line for line in reversed(lines) if line.get("held_out")), {})
+    metrics = next((line for line in reversed(lines) if line.get("held_out") and line["step"] == exported), {})
     result = {
         "finished": True,
+        "step": exported,
         "saes": str(out / "saes"),
         "layers": {layer: {name: metrics[name][i] for name in _METRICS} for i, layer in enumerate(recipe.layers) if metrics},
     }
@@ -146,8 +160,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def _check(config: Config, out: Path) -> None:
     """What can be wrong before anything is loaded."""
-    if not 0 <= config.holdout_share < 1:
-        raise ConfigError(f"holdout_share is {config.holdout_share}, expected 0 to below 1")
+    if config.keep_best and not config.holdout_share:
+        raise ConfigError(f"keep_best is {config.keep_best}, but holdout_share 0 keeps no documents to choose by")
     check_at_least(config, 1, "model_batch", "limit", "num_features")
     check_at_least(config, 2, "sequence_length")
     saved = out / "config.yaml"
@@ -161,49 +175,50 @@ def _check(config: Config, out: Path) -> None:
             raise ConfigError(f"{saved}: the run began with {name} {before.get(name)}, not {value}; resume it with --config {saved}")
 
 
-def _texts(config: Config) -> Sequence[str]:
-    if config.data == "tiny":
-        from qscope_jax.demo.corpus import documents
-
-        return documents(4000 if config.limit is None else config.limit, seed=1)
-    from qscope_jax.data.texts import load_texts
-
-    return load_texts(config.data, column=config.column, split=config.split, limit=config.limit)
-
-
-def _recipe(model: "LanguageModel", texts: Sequence[str], config: Config) -> "SAETraining":
-    from qscope_jax.data.batches import BatchConfig
-    from qscope_jax.data.texts import Slice
-    from qscope_jax.training.activations import ActivationConfig, ActivationStream
+def _recipe(model: "LanguageModel", config: Config) -> "SAETraining":
     from qscope_jax.training.sae import SAETraining
     from qscope_jax.training.sae_config import SAEConfig
-    from qscope_jax.training.tokens import TokenStream
 
-    kept = len(texts) - max(round(config.holdout_share * len(texts)), 1 if config.holdout_share else 0)
-    if kept < 1:
-        raise ConfigError(f"{config.data}: has {len(texts)} documents, of which holdout_share {config.holdout_share} leaves none to train on")
-    held_out = [text for text in Slice(texts, range(kept, len(texts)))[:_HELD_OUT] if text.strip()]
-    end = model.config.eos_token_ids[:1]
-
-    def tokenize(text: str) -> list[int]:
-        ids = model.tokenizer(text, verbose=False)["input_ids"]
-        return [*ids, *end] if ids else []
-
+    texts, held_out = split_documents(config)
+    held_out = cut_texts(model, [text for text in held_out[:_HELD_OUT] if text.strip()], config.sequence_length)
     features = 16 * model.config.d_model if config.num_features is None else config.num_features
     size = SAEConfig(num_features=features, **{name: getattr(config, name) for name in _SIZE})
-    train_texts = Slice(texts, range(kept))
+    layers, activations = _cached(model, config) if config.activations else _on_the_fly(model, texts, config)
+    return SAETraining(model, layers, activations, size, held_out)
+
+
+def _on_the_fly(model: "LanguageModel", texts: Sequence[str], config: Config) -> tuple[tuple[int, ...], Callable[[], "ActivationSource"]]:
+    from qscope_jax.data.batches import BatchConfig
+    from qscope_jax.training.activations import ActivationConfig, ActivationStream
+    from qscope_jax.training.tokens import TokenStream
+
     layers = tuple(range(model.config.num_layers)) if config.layers is None else config.layers
-    filtering = ActivationConfig(
+    settings = ActivationConfig(
         layers, batch_tokens=config.batch_tokens, buffer_batches=config.buffer_batches, max_norm_multiple=config.max_norm_multiple,
         drop_first=not config.keep_first, lanes=config.lanes, seed=config.seed,
     )  # fmt: skip
 
     def activations() -> ActivationStream:
         rows = BatchConfig(config.model_batch, config.sequence_length, seed=config.seed)
-        tokens = TokenStream(train_texts, tokenize, rows, lanes=config.lanes, mesh=model.mesh)
-        return ActivationStream(model.decoder, tokens, filtering, model.mesh)
+        tokens = TokenStream(texts, tokenize_documents(model), rows, lanes=config.lanes, mesh=model.mesh)
+        return ActivationStream(model.decoder, tokens, settings, model.mesh)
 
-    return SAETraining(model, layers, activations, size, cut_texts(model, held_out, config.sequence_length))
+    return layers, activations
+
+
+def _cached(model: "LanguageModel", config: Config) -> tuple[tuple[int, ...], Callable[[], "ActivationSource"]]:
+    from qscope_jax.training.cached_activations import CachedActivations
+
+    def activations() -> CachedActivations:
+        return CachedActivations(
+            Path(config.activations).expanduser(), config.layers, config.batch_tokens, seed=config.seed, buffer_batches=config.buffer_batches,
+            mesh=model.mesh, d_model=model.config.d_model,
+        )  # fmt: skip
+
+    first = activations()
+    if first.cache.model != model.name:
+        raise SourceError(f"{config.activations}: holds streams of {first.cache.model}, but the model is {model.name}; pass its --model")
+    return first.layers, activations
 
 
 def _write_config(path: Path, config: Config) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -226,8 +226,12 @@ class ResumableFolder:
         return None
 
 
-def verify_manifest(folder: Path) -> list[str]:
+def verify_manifest(folder: Path, names: Collection[str] | None = None) -> list[str]:
     """Files of a finished folder that are missing or whose size or checksum is not what its manifest says, sorted.
+
+    Args:
+        folder: The folder.
+        names: Look at these files only.
 
     Raises:
         SourceError: there is no manifest, or it does not list files.
@@ -236,7 +240,7 @@ def verify_manifest(folder: Path) -> list[str]:
     files = read_json(path).get("files")
     if not isinstance(files, dict):
         raise SourceError(f"{path}: does not list files; expected the manifest of a finished folder")
-    return _differing(Path(folder), files)
+    return _differing(Path(folder), files if names is None else {name: files.get(name) for name in names})
 
 
 def source_fingerprint(path: Path) -> dict[str, list[int]]:

@@ -49,6 +49,21 @@ def test_a_run_leaves_its_options_metrics_and_saes(qscope, refused, model, small
     assert (run / "saes/layer2.safetensors").read_bytes() == before
 
 
+def test_the_best_saes_are_exported_when_asked_for(qscope, model, small, tmp_path):
+    """By the greatest FVU, so that the best is not the last."""
+    run = tmp_path / "run"
+    often = ("--steps", 6, "--eval-every", 2, "--checkpoint-every", 2, "--keep-checkpoints", 1)
+    assert qscope("train-sae", "--config", small, "--model", model, "--out", run, *often, "--keep-best", "fvu", "--keep-best-mode", "max").status == 0
+    values = {line["step"]: sum(line["fvu"]) for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line.get("held_out")}
+    best = max(values, key=lambda step: (values[step], step))
+    assert len(values) == 3 and best < 6
+    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [best, 6]
+    options = ("--config", small, "--model", model, "--steps", 6)
+    assert qscope("train-sae", *options, "--out", tmp_path / "last").status == 0
+    exported, last = ((folder / "saes/layer2.safetensors").read_bytes() for folder in (run, tmp_path / "last"))
+    assert exported != last
+
+
 def test_a_stopped_run_writes_no_saes_and_says_how_to_continue(qscope, model, small, tmp_path, monkeypatch):
     def stopped(recipe, loop):
         (Path(loop.run_dir) / "metrics.jsonl").write_text('{"step": 2}\n')
@@ -66,6 +81,8 @@ def test_a_stopped_run_writes_no_saes_and_says_how_to_continue(qscope, model, sm
         (["--layers", "5"], "layer 5 is out of range"),
         (["--layers", "1,1"], "none of them twice"),
         (["--holdout-share", "1"], "holdout_share is 1.0"),
+        (["--holdout-share", "0", "--keep-best", "fvu"], "keep_best is fvu, but holdout_share 0 keeps no documents"),
+        (["--keep-best", "fvu", "--keep-best-mode", "least"], "keep_best_mode is least, expected min or max"),
         (["--data", "none.txt"], "none.txt: no such file"),
         (["--limit", "1"], "leaves none to train on"),
         (["--steps", "0"], "steps is 0"),

@@ -1,6 +1,7 @@
 """A small model that reads characters, its documents, and the token streams made of them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from qscope_jax.data.batches import BatchConfig
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
+from qscope_jax.training.activation_cache import CacheConfig, cache_activations
 from qscope_jax.training.tokens import TokenStream
 
 OUTLIER = "~"
@@ -45,8 +47,16 @@ def documents() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def token_stream(documents) -> Callable[..., TokenStream]:
-    """Factory of streams of 4 packed rows of 24 tokens."""
-    return lambda texts=None: TokenStream(documents() if texts is None else texts, _characters, BatchConfig(4, 24))
+    """Factory of streams of 4 packed rows of 24 tokens; keywords are those of `BatchConfig`."""
+    return lambda texts=None, **settings: TokenStream(documents() if texts is None else texts, _characters, BatchConfig(4, 24, **settings))
+
+
+@pytest.fixture(scope="session")
+def cache(model, token_stream, tmp_path_factory) -> Path:
+    """Folder of the activations of both layers at 1,000 tokens, in shards of 300."""
+    folder = tmp_path_factory.mktemp("activations") / "cache"
+    cache_activations(model, token_stream(epochs=1), CacheConfig((0, 1), max_tokens=1000, shard_tokens=300), folder)
+    return folder
 
 
 def _characters(text: str) -> list[int]:

@@ -1,0 +1,71 @@
+"""Runs of several real processes on this machine, as on a pod: a launcher for tests, and what their programs call first."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+_COORDINATOR, _COUNT, _INDEX = "TEST_COORDINATOR", "TEST_PROCESS_COUNT", "TEST_PROCESS_INDEX"
+
+
+class Finished(NamedTuple):
+    """What one process left."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_processes(module: str, count: int, *arguments: object, devices: int = 1, timeout: float = 100) -> list[Finished]:
+    """Run `python -m module arguments` in `count` processes at once, of `devices` virtual CPU devices each.
+
+    The module calls `join` before anything else of JAX. If one is not done after `timeout` seconds, or fails while others wait for it, all are
+    killed, and what they wrote is in the error or in the answer.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    started = [_start(module, arguments, {_COORDINATOR: coordinator, _COUNT: str(count), _INDEX: str(i)}, devices) for i in range(count)]
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{module}: not done after {timeout} s")
+            time.sleep(0.05)
+        _await(started, seconds=5)
+    finally:
+        for process in started:
+            process.kill()
+    return [Finished(process.wait(), *process.communicate()) for process in started]
+
+
+def run_program(module: str, *arguments: object, devices: int = 1, timeout: float = 100) -> Finished:
+    """The same for one process by itself."""
+    return run_processes(module, 1, *arguments, devices=devices, timeout=timeout)[0]
+
+
+def join() -> None:
+    """Join the other processes of the test, if there are any; then every device of all of them is there."""
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    if (count := int(os.environ[_COUNT])) > 1:
+        jax.distributed.initialize(os.environ[_COORDINATOR], count, int(os.environ[_INDEX]))
+
+
+def _start(module: str, arguments: Sequence[object], names: dict[str, str], devices: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, **names, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _await(started: Sequence[subprocess.Popen[str]], seconds: float) -> None:
+    """Let the others end by themselves when one has failed."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
