@@ -55,7 +55,7 @@ def _ours(x: np.ndarray, features: int, k: int, layers: int) -> Any:
     rows = jax.random.normal(jax.random.key(0), (features, width))
     rows /= jnp.linalg.norm(rows, axis=1, keepdims=True)
     sae = SparseAutoencoder(rows, jnp.array(rows), jnp.zeros(features), jnp.zeros(width), k=k)
-    held = {"state": step.stack((step.new_state(sae, jnp.float32(np.sqrt(width))) for _ in range(layers)), layers)}
+    held = {"state": step.build(lambda _, sae, scale: step.new_state(sae, scale), layers, (sae, jnp.float32(np.sqrt(width))))}
     batch = jnp.repeat(jnp.asarray(x)[None], layers, axis=0)
 
     def run() -> None:

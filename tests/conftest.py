@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jaxtyping
 import pytest
 
 from qscope_jax.models.config import ModelConfig
+from tests.small_config import small_config
 from tests.support import SupportTable
 
 # Before the first use of a device. Eight virtual ones cost the suite nothing; a mesh takes those it names.
@@ -46,15 +46,7 @@ def tiny_config() -> Callable[..., ModelConfig]:
 
     The head width is unlike D/H, the vocabulary no power of two, and nothing equals anything else, so that mixed-up axes show.
     """
-
-    def make(layers: int = 3, **changes) -> ModelConfig:
-        fields: dict[str, Any] = dict(
-            family="qwen3", vocab_size=97, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=12, rope_theta=1e4, norm_eps=1e-6,
-            mixers=("full_attention",) * layers, feed_forwards=("dense",) * layers, max_positions=1024, dtype="float32",
-        )  # fmt: skip
-        return ModelConfig(**(fields | changes))
-
-    return make
+    return small_config
 
 
 @pytest.fixture(scope="session")

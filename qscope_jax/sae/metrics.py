@@ -1,12 +1,12 @@
-"""How faithful an SAE is: reconstruction metrics, each with its formula, and cross-entropy when the reconstruction is spliced in."""
+"""How faithful SAEs are on texts: how well they rebuild the stream, and what the model loses when it runs on what they rebuilt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.data.batches import TokenBatch
@@ -14,87 +14,12 @@ from qscope_jax.errors import InputError
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.edits import where
 from qscope_jax.models.language_model import LanguageModel, forward
-from qscope_jax.models.scoring import next_token_loss, token_divergences
-from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.models.scoring import token_divergences, token_losses
 from qscope_jax.sae.edits import SpliceReconstruction
-from qscope_jax.sae.filtering import MAX_NORM_MULTIPLE, median_norm, ordinary_tokens
+from qscope_jax.sae.filtering import MAX_NORM_MULTIPLE, first_tokens, median_norm, ordinary_tokens
+from qscope_jax.sae.geometry import code_geometry
 from qscope_jax.sae.layer_sae import LayerSAE
-from qscope_jax.sae.sparse import scatter_scalars
-
-
-@jax.jit
-def reconstruction_sums(sae: SparseAutoencoder, x_ND: Float[Array, "N D"], mask_N: Bool[Array, " N"]) -> dict[str, Array]:
-    """Sums over counted tokens from which every metric follows, beside the stream's mean `mean_D`.
-
-    `x2` is the sum of squares about that mean: about 0, a stream with a large mean would lose its variance to float32's rounding.
-    """
-    x = x_ND.astype(jnp.float32)
-    code = sae.encode(x)
-    rebuilt = sae.decode(code)
-    weight_N = mask_N.astype(jnp.float32)
-    tokens = jnp.sum(weight_N)
-    mean_D = jnp.einsum("n,nd->d", weight_N, x, precision=jax.lax.Precision.HIGHEST) / jnp.maximum(tokens, 1)
-    norm_x, norm_rebuilt = jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(rebuilt, axis=-1)
-    active_NK = (code.values > 0) & mask_N[:, None]
-    cosine_N = jnp.sum(x * rebuilt, axis=-1) / jnp.maximum(norm_x * norm_rebuilt, jnp.float32(1e-8))
-    return {
-        "tokens": tokens,
-        "mean_D": mean_D,
-        "x2": jnp.sum(weight_N * jnp.sum(jnp.square(x - mean_D), axis=-1)),
-        "e2": jnp.sum(weight_N * jnp.sum(jnp.square(x - rebuilt), axis=-1)),
-        "active": jnp.sum(active_NK, dtype=jnp.float32),
-        "activation": jnp.sum(jnp.where(active_NK, code.values, jnp.float32(0))),
-        "cosine": jnp.sum(weight_N * cosine_N),
-        "l2_ratio": jnp.sum(weight_N * norm_rebuilt / jnp.where(norm_x < 1e-4, jnp.float32(1), norm_x)),
-        "fired_F": scatter_scalars(active_NK.astype(jnp.float32), code.indices, sae.num_features),
-    }
-
-
-class ReconstructionMetrics:
-    """Sums of `reconstruction_sums` over batches, added in float64 on the host, and one quotient at the end."""
-
-    def __init__(self):
-        """Begin with nothing counted."""
-        self._sums: dict[str, np.ndarray] = {}
-
-    def add(self, sae: SparseAutoencoder, x_ND: Float[Array, "N D"], mask_N: Bool[Array, " N"]) -> None:
-        """Count a batch."""
-        new = {name: np.asarray(value, np.float64) for name, value in reconstruction_sums(sae, x_ND, mask_N).items()}
-        old = self._sums or {name: np.zeros_like(value) for name, value in new.items()}
-        sums = {name: old[name] + value for name, value in new.items()}
-        # Chan et al. 1983: means are pooled, and sums of squares about them gain what lies between the means.
-        share = new["tokens"] / max(float(sums["tokens"]), 1.0)
-        apart_D = new["mean_D"] - old["mean_D"]
-        sums["mean_D"] = old["mean_D"] + share * apart_D
-        sums["x2"] = sums["x2"] + old["tokens"] * share * np.sum(np.square(apart_D))
-        self._sums = sums
-
-    @property
-    def firing_rate(self) -> Float[np.ndarray, " F"]:
-        """Share of counted tokens at which each feature fires."""
-        return self._sums["fired_F"] / max(float(self._sums["tokens"]), 1.0)
-
-    def result(self) -> dict[str, float]:
-        """The metrics, over all counted tokens.
-
-        `fvu` = sum |e|^2 / sum |x - mean x|^2; `explained_variance` = 1 - fvu; `mse` = mean |e|^2; `l0`, `l1` = mean count and sum of
-        activations; `cossim` = mean cosine of x and its reconstruction; `l2_ratio` = mean |xhat| / |x|; `dead_fraction` = share of
-        features that never fired on these `tokens`; `dense_fraction` = share that fired on more than a tenth of them.
-        """
-        s, tokens = self._sums, max(float(self._sums["tokens"]), 1.0)
-        fvu = float(s["e2"] / s["x2"]) if s["x2"] > 0 else float("nan")
-        return {
-            "tokens": float(s["tokens"]),
-            "fvu": fvu,
-            "explained_variance": 1.0 - fvu,
-            "mse": float(s["e2"] / tokens),
-            "l0": float(s["active"] / tokens),
-            "l1": float(s["activation"] / tokens),
-            "cossim": float(s["cosine"] / tokens),
-            "l2_ratio": float(s["l2_ratio"] / tokens),
-            "dead_fraction": float(np.mean(s["fired_F"] == 0)),
-            "dense_fraction": float(np.mean(self.firing_rate > 0.1)),
-        }
+from qscope_jax.sae.reconstruction import ReconstructionMetrics, reconstruction_sums
 
 
 @dataclass(frozen=True)
@@ -107,14 +32,20 @@ class EvaluationConfig:
     """Leave the first token of every text out."""
     max_norm_multiple: float = MAX_NORM_MULTIPLE
     """Leave tokens out whose norm exceeds this multiple of the median; 0 keeps all."""
+    densities: bool = False
+    """Also give the histogram of log10 firing rates, over ordinary tokens and over all."""
+    geometry: bool = False
+    """Also compare the SAE's directions with each other: takes 4 F^2 D operations."""
 
 
 def evaluate_sae(
     model: LanguageModel, saes: Sequence[LayerSAE], texts: Sequence[str], config: EvaluationConfig | None = None, *, splice: bool = True
-) -> dict[int, dict[str, float]]:
+) -> dict[int, dict[str, Any]]:
     """Reconstruction and, with `splice`, cross-entropy metrics of SAEs on texts, by layer; one model pass serves all layers.
 
-    Every metric comes as it is, over ordinary tokens, and with the suffix `_all` over all tokens but padding.
+    Every metric of `ReconstructionMetrics.result` comes as it is, over ordinary tokens, and with the suffix `_all` over all tokens but
+    padding. What lies between: `first_tokens` of texts, and `outlier_tokens` of too large a norm. `damaged_tokens`, whose stream is NaN or
+    infinite, count nowhere else. `CodeGeometry.summary` and the histogram of firing rates come where the config asks for them.
 
     Raises:
         ShapeError: an SAE does not fit the model.
@@ -126,11 +57,10 @@ def evaluate_sae(
     for sae in saes:
         sae.check_width(model.config.d_model, model.name)
         model.check_layer(sae.layer)
-    ordinary, every = ({sae.layer: ReconstructionMetrics() for sae in saes} for _ in range(2))
     layers = [sae.layer for sae in saes]
     if not layers or len(set(layers)) != len(layers):
         raise InputError(f"SAEs of layers {layers}: give one or more, and of each layer one; compare two of a layer in two calls")
-    spliced: dict[int, dict[str, float]] = {layer: {} for layer in layers}
+    found = {layer: _LayerSums() for layer in layers}
     for start in range(0, len(texts), config.batch_size):
         batch = model.batch(texts[start : start + config.batch_size])
         segment_ids = jnp.asarray(batch.segment_ids_BT)
@@ -138,31 +68,59 @@ def evaluate_sae(
             out = forward(model.decoder, batch.tokens_BT, segment_ids, (), jnp.asarray(layers, jnp.int32), stop_after=None if splice else max(layers))
         assert out.residuals is not None
         for sae, x in zip(saes, out.residuals, strict=True):
-            mask = ordinary_tokens(x, segment_ids, max_norm_multiple=config.max_norm_multiple, drop_first=config.drop_first)
-            flat = x.reshape(-1, x.shape[-1])
-            ordinary[sae.layer].add(sae.autoencoder, flat, mask.reshape(-1))
-            every[sae.layer].add(sae.autoencoder, flat, segment_ids.reshape(-1) > 0)
+            counted = count_tokens(x, segment_ids, config.max_norm_multiple, config.drop_first)
+            found[sae.layer].add(sae, x, counted)
             if out.logits is not None:
                 with jax.set_mesh(model.mesh):
-                    sums = splice_sums(model.decoder, sae, batch, x, out.logits, config)
-                for name, value in sums.items():
-                    spliced[sae.layer][name] = spliced[sae.layer].get(name, 0.0) + value
-    results = {}
-    for layer in layers:
-        both = ordinary[layer].result() | {f"{name}_all": value for name, value in every[layer].result().items()}
-        results[layer] = both | (splice_scores(spliced[layer]) if splice else {})
-    return results
+                    found[sae.layer].add_splice(splice_sums(model.decoder, sae, batch, x, out.logits, counted, config))
+    return {sae.layer: found[sae.layer].result(sae, config) for sae in saes}
 
 
-def splice_sums(decoder: Decoder, sae: LayerSAE, batch: TokenBatch, x: Array, clean: Array, config: EvaluationConfig) -> dict[str, float]:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CountedTokens:
+    """Which tokens of a batch count, and how many do not.
+
+    Attributes:
+        ordinary_BT: Those of the metrics as such.
+        every_BT: Those of the metrics with the suffix `_all`.
+        first: First tokens left out of `ordinary_BT`.
+        outliers: Tokens left out of it for their norm.
+        damaged: Tokens in neither, as their stream is NaN or infinite.
+    """
+
+    ordinary_BT: Bool[Array, "B T"]
+    every_BT: Bool[Array, "B T"]
+    first: Int[Array, ""]
+    outliers: Int[Array, ""]
+    damaged: Int[Array, ""]
+
+
+@partial(jax.jit, static_argnames=("max_norm_multiple", "drop_first"))
+def count_tokens(x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], max_norm_multiple: float, drop_first: bool) -> CountedTokens:
+    """Sort the tokens of a batch; see `ordinary_tokens`. Damaged ones take no part in the median that outliers are measured by."""
+    finite_BT = jnp.all(jnp.isfinite(x), axis=-1)
+    every_BT = (segment_ids > 0) & finite_BT
+    within_BT = ordinary_tokens(x, jnp.where(finite_BT, segment_ids, 0), max_norm_multiple=max_norm_multiple, drop_first=False)
+    first_BT = every_BT & first_tokens(segment_ids) if drop_first else jnp.zeros_like(every_BT)
+    ordinary_BT = within_BT & ~first_BT
+    return CountedTokens(
+        ordinary_BT, every_BT, jnp.sum(first_BT), jnp.sum(every_BT & ~within_BT & ~first_BT), jnp.sum((segment_ids > 0) & ~finite_BT)
+    )
+
+
+def splice_sums(
+    decoder: Decoder, sae: LayerSAE, batch: TokenBatch, x: Array, clean: Array, counted: CountedTokens, config: EvaluationConfig
+) -> dict[str, float]:
     """Sums of cross-entropy and divergence with the layer's stream intact, reconstructed, zeroed, and replaced by its mean.
 
-    Tokens that the filter leaves out keep their stream in every variant.
+    Tokens that the filter leaves out keep their stream in every variant. Predictions that are not finite with the stream intact count in
+    none.
     """
     tokens, segment_ids = jnp.asarray(batch.tokens_BT), jnp.asarray(batch.segment_ids_BT)
-    mask = ordinary_tokens(x, segment_ids, max_norm_multiple=config.max_norm_multiple, drop_first=config.drop_first)
     norms = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
-    limit = config.max_norm_multiple * median_norm(norms, segment_ids > 0) if config.max_norm_multiple else jnp.float32(jnp.inf)
+    limit = config.max_norm_multiple * median_norm(norms, counted.every_BT) if config.max_norm_multiple else jnp.float32(jnp.finfo(jnp.float32).max)
+    mask = counted.ordinary_BT
     kept = jnp.sum(mask, dtype=jnp.float32)
     mean_D = jnp.sum(jnp.where(mask[..., None], x.astype(jnp.float32), jnp.float32(0)), axis=(0, 1)) / jnp.maximum(kept, 1)
     place = where(slice(1 if config.drop_first else 0, None))
@@ -191,9 +149,40 @@ def splice_scores(sums: dict[str, float]) -> dict[str, float]:
     return score
 
 
+class _LayerSums:
+    """What is added up for one layer."""
+
+    def __init__(self):
+        self.ordinary, self.every = ReconstructionMetrics(), ReconstructionMetrics()
+        self.left_out = {"first_tokens": 0, "outlier_tokens": 0, "damaged_tokens": 0}
+        self.spliced: dict[str, float] = {}
+
+    def add(self, sae: LayerSAE, x: Array, counted: CountedTokens) -> None:
+        masks = (counted.ordinary_BT.reshape(-1), counted.every_BT.reshape(-1))
+        both = reconstruction_sums(sae.autoencoder, x.reshape(-1, x.shape[-1]), masks)
+        for metrics, sums in zip((self.ordinary, self.every), both, strict=True):
+            metrics.add_sums(sums)
+        for name, count in zip(self.left_out, (counted.first, counted.outliers, counted.damaged), strict=True):
+            self.left_out[name] += int(count)
+
+    def add_splice(self, sums: dict[str, float]) -> None:
+        for name, value in sums.items():
+            self.spliced[name] = self.spliced.get(name, 0.0) + value
+
+    def result(self, sae: LayerSAE, config: EvaluationConfig) -> dict[str, Any]:
+        found: dict[str, Any] = self.ordinary.result() | {f"{name}_all": value for name, value in self.every.result().items()}
+        found |= self.left_out | (splice_scores(self.spliced) if self.spliced else {})
+        if config.densities:
+            found |= {"density_histogram": self.ordinary.density_histogram(), "density_histogram_all": self.every.density_histogram()}
+        return found | (code_geometry(sae.autoencoder).summary() if config.geometry else {})
+
+
 @jax.jit
 def _splice_losses(
     logits: Float[Array, "B T V"], clean: Float[Array, "B T V"], tokens_BT: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> tuple[Array, Array, Array]:
-    loss, weight = next_token_loss(logits, tokens_BT, segment_ids)
-    return loss, weight, jnp.sum(token_divergences(logits, clean, segment_ids))
+    losses, mask = token_losses(logits, tokens_BT, segment_ids)
+    scored = mask & jnp.all(jnp.isfinite(clean[:, :-1]), axis=-1)
+    sums = (jnp.sum(jnp.where(scored, values, jnp.float32(0))) for values in (losses, token_divergences(logits, clean, segment_ids)))
+    loss, divergence = sums
+    return loss, jnp.sum(scored, dtype=jnp.float32), divergence

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qscope_jax.models.language_model import LanguageModel
@@ -67,7 +68,11 @@ class SAETraining:
     def init(self) -> SAEState:
         """One state a layer and seed, stacked: unit random directions, tied encoder, b_dec at the geometric median of the first buffer."""
         self._first = self.activations()
-        return self.step_program.stack(self._first_states(self._first.peek()), len(self.layers) * self.config.num_seeds)
+        x_MND = self._first.peek()
+        moments = [_moments(x_MND, np.int32(place)) for place in range(len(self.layers))]
+        layers, seeds = zip(*self._places(), strict=True)
+        scale_S, b_dec_SD = (jnp.repeat(jnp.stack(found), self.config.num_seeds, axis=0) for found in zip(*moments, strict=True))
+        return self.step_program.build(self._first_state, len(layers), (np.asarray(layers), np.asarray(seeds), scale_S, b_dec_SD))
 
     def stream(self) -> ActivationSource:
         """Activations from the beginning; the buffer that `init` looked at is not made twice."""
@@ -113,19 +118,14 @@ class SAETraining:
         """Layer and seed of each SAE of the stack."""
         return ((layer, self.config.seed + number) for layer in self.layers for number in range(self.config.num_seeds))
 
-    def _first_states(self, x_MND: Array) -> Iterator[SAEState]:
-        moments = [_moments(x_ND) for x_ND in x_MND]
-        for place, (layer, seed) in enumerate(self._places()):
-            key = jax.random.fold_in(jax.random.key(seed), layer)
-            scale, b_dec_D = moments[place // self.config.num_seeds]
-            yield self._first_state(scale, b_dec_D, key)
-
-    def _first_state(self, scale: Array, b_dec_D: Array, key: Array) -> SAEState:
+    def _first_state(self, place: Array, layers_S: Array, seeds_S: Array, scale_S: Array, b_dec_SD: Array) -> SAEState:
+        key = jax.random.fold_in(jax.random.key(seeds_S[place]), layers_S[place])
+        b_dec_D = b_dec_SD[place]
         directions = jax.random.normal(key, (self.config.num_features, b_dec_D.shape[0]), jnp.float32)
         directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
         # The encoder is the tied one of x - b_dec, written in the released form, which sees x itself.
         b_enc = -jnp.matmul(directions, b_dec_D, precision=jax.lax.Precision.HIGHEST)
-        return self.step_program.new_state(new_sae(directions, jnp.array(directions), b_enc, b_dec_D, self.config), scale)
+        return self.step_program.new_state(new_sae(directions, directions, b_enc, b_dec_D, self.config), scale_S[place])
 
 
 def fold_scale(sae: SparseAutoencoder, scale: Float[Array, ""]) -> SparseAutoencoder:
@@ -135,8 +135,9 @@ def fold_scale(sae: SparseAutoencoder, scale: Float[Array, ""]) -> SparseAutoenc
 
 
 @jax.jit
-def _moments(x_ND: Float[Array, "N D"]) -> tuple[Array, Array]:
-    """Root mean squared norm, and the geometric median of what is left when it is divided by it."""
+def _moments(x_MND: Float[Array, "M N D"], place: Any) -> tuple[Array, Array]:
+    """Root mean squared norm of a layer's stream, and the geometric median of what is left when it is divided by it."""
+    x_ND = jax.lax.dynamic_index_in_dim(x_MND, place, keepdims=False)
     scale = jnp.sqrt(mean_squared_norm(x_ND))
     return scale, geometric_median(x_ND.astype(jnp.float32) / scale)
 

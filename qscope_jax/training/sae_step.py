@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qscope_jax.errors import ConfigError
-from qscope_jax.parallel.rules import stack_spec
+from qscope_jax.parallel.rules import replicated, stack_spec
 from qscope_jax.parallel.shards import Shards
 from qscope_jax.sae.autoencoder import SparseAutoencoder
 from qscope_jax.training.sae_config import SAEConfig
@@ -100,14 +101,42 @@ class SAEStep:
         average = jax.tree.map(jnp.zeros_like, sae) if self.config.ema else None
         return SAEState(sae, self.optimizer.init(sae), counters, scale, average)  # pyright: ignore[reportArgumentType]
 
-    def stack(self, states: Any, count: int) -> SAEState:
-        """`count` states, made one after the other by an iterator, as one, each put in its place on the mesh."""
-        stacked: Any = None
-        for place, state in enumerate(states):
-            if stacked is None:
-                stacked = self._zeros(state, lambda shape: (count, *shape))
-            stacked = _put(stacked, state, jnp.int32(place))
-        return stacked
+    def place(self, state: SAEState) -> SAEState:
+        """A stacked state, put where the mesh wants it."""
+        if not self.mesh:
+            return state
+        leaves, tree = jax.tree.flatten(state)
+        return jax.tree.unflatten(
+            tree, [jax.device_put(leaf, NamedSharding(self.mesh, spec)) for leaf, spec in zip(leaves, _specs(state), strict=True)]
+        )
+
+    def build(self, make: Callable[..., SAEState], count: int, arguments: tuple[Any, ...]) -> SAEState:
+        """A stack of `count` states, one made after the other where it lies: no device ever holds another's.
+
+        Args:
+            make: Returns the state at a place, as a function that can be jitted: `make(place, *arguments)`.
+            count: States.
+            arguments: Arrays that it needs.
+        """
+
+        def put(leaves: list[Array], place: Array, arguments: tuple[Any, ...]) -> list[Array]:
+            return _put_in(leaves, jax.tree.leaves(make(place, *arguments)), place)
+
+        tree: Any = None
+
+        def describe(place: Array, arguments: tuple[Any, ...]) -> list[Array]:
+            nonlocal tree
+            state = make(place, *arguments)
+            tree = (jax.tree.structure(state), _specs(state))
+            return jax.tree.leaves(state)
+
+        described = jax.eval_shape(describe, np.int32(0), arguments)
+        structure, specs = tree
+        leaves = _zeros([((count, *leaf.shape), leaf.dtype) for leaf in described], specs, self.mesh)
+        put = jax.jit(put, donate_argnums=0, out_shardings=[NamedSharding(self.mesh, spec) for spec in specs] if self.mesh else None)
+        for place in range(count):
+            leaves = put(leaves, np.int32(place), arguments)
+        return jax.tree.unflatten(structure, leaves)
 
     def abstract_state(self, num_saes: int, d_model: int) -> SAEState:
         """Shapes, dtypes and shardings of a state of `num_saes` SAEs `d_model` wide."""
@@ -157,6 +186,7 @@ class SAEStep:
             check_vma=False,
         )
         states, metrics, memories = over_mesh(states, x_MND, memories)
+        metrics = jax.lax.with_sharding_constraint(metrics, replicated(self.mesh))  # so that each process can read them
         return jax.tree.unflatten(state_tree, states), metrics, jax.tree.unflatten(memory_tree, memories)
 
     def _each(
@@ -177,18 +207,12 @@ class SAEStep:
         metrics = {name: jnp.zeros((count,), jnp.float32) for name in METRICS}
         return jax.lax.fori_loop(0, count, turn, (state, metrics, memory))
 
-    def _zeros(self, like: _Tree, leading: Callable[[tuple[int, ...]], tuple[int, ...]]) -> _Tree:
-        """Zeros of the shapes that `leading` makes of a tree's shapes, each array made where it lies."""
-        leaves, tree = jax.tree.flatten(like)
-        shardings = [NamedSharding(self.mesh, spec) for spec in _specs(like)] if self.mesh else None
-        shapes = [(leading(leaf.shape), leaf.dtype) for leaf in leaves]
-        zeros = jax.jit(lambda: [jnp.zeros(shape, dtype) for shape, dtype in shapes], out_shardings=shardings)()
-        return jax.tree.unflatten(tree, zeros)
-
     def _make_memory(self, saes: SparseAutoencoder) -> SparseAutoencoder:
         """Room for one SAE's gradients on each device."""
+        leaves, tree = jax.tree.flatten(saes)
         groups = self.mesh.shape["fsdp"] if self.mesh else 1
-        return self._zeros(saes, lambda shape: (groups, *shape[1:]))
+        shapes = [((groups, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+        return jax.tree.unflatten(tree, _zeros(shapes, _specs(saes), self.mesh))
 
     def _any_state(self, num_saes: int, d_model: int) -> SAEState:
         sae = empty_sae(self.config, d_model)
@@ -300,6 +324,12 @@ def _count(optimizer_state: Any) -> Array:
     return optax.tree.get(optimizer_state[0], "count")
 
 
+def _zeros(shapes: list[tuple[tuple[int, ...], Any]], specs: list[PartitionSpec], mesh: Mesh | None) -> list[Array]:
+    """Zeros of shapes and dtypes, each made where it lies."""
+    shardings = [NamedSharding(mesh, spec) for spec in specs] if mesh else None
+    return jax.jit(lambda: [jnp.zeros(shape, dtype) for shape, dtype in shapes], out_shardings=shardings)()
+
+
 def _specs(tree: Any) -> list[PartitionSpec]:
     """Specs of a tree's arrays, in the order of its leaves."""
     return [stack_spec(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
@@ -319,6 +349,3 @@ def _at(tree: _Tree, place: Array) -> _Tree:
 
 def _put_in(stacked: _Tree, one: _Tree, place: Array) -> _Tree:
     return jax.tree.map(lambda all_, leaf: jax.lax.dynamic_update_index_in_dim(all_, leaf, place, 0), stacked, one)
-
-
-_put = jax.jit(_put_in, donate_argnums=0)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +9,9 @@ from qscope_jax.errors import InputError, ShapeError
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.sae.arrays import SAEArrays
 from qscope_jax.sae.layer_sae import from_arrays
-from qscope_jax.sae.metrics import EvaluationConfig, ReconstructionMetrics, evaluate_sae, splice_scores
+from qscope_jax.sae.metrics import EvaluationConfig, count_tokens, evaluate_sae, splice_scores
 
 F, D, K = 64, 32, 5
-
-
-def random_sae(seed=0, b_dec=0.0):
-    """Tied directions: a poor SAE, but one whose reconstructions resemble their streams."""
-    rng = np.random.default_rng(seed)
-    W = rng.standard_normal((F, D)).astype(np.float32)
-    W /= np.linalg.norm(W, axis=1, keepdims=True)
-    return SAEArrays(W, W.copy(), (-W @ np.full(D, b_dec) + 0.1).astype(np.float32), np.full(D, b_dec, np.float32), k=K)
 
 
 def perfect_sae():
@@ -30,82 +24,6 @@ def blank_sae():
     """Rebuilds every stream as zero."""
     zeros = np.zeros((F, D), np.float32)
     return SAEArrays(zeros, zeros.copy(), np.zeros(F, np.float32), np.zeros(D, np.float32), k=K)
-
-
-def oracle(sae: SAEArrays, x) -> dict[str, float]:
-    """Every metric of the streams x [N, D] in float64."""
-    x = np.asarray(x, np.float64)
-    z = x @ sae.W_enc.T.astype(np.float64) + sae.b_enc
-    order = np.argsort(-z, axis=1, kind="stable")[:, : sae.k]
-    code = np.zeros_like(z)
-    np.put_along_axis(code, order, np.maximum(np.take_along_axis(z, order, axis=1), 0), axis=1)
-    rebuilt = code @ sae.W_dec + sae.b_dec
-    norms, norms_rebuilt = np.linalg.norm(x, axis=1), np.linalg.norm(rebuilt, axis=1)
-    fvu = np.sum((x - rebuilt) ** 2) / np.sum((x - x.mean(axis=0)) ** 2)
-    rate = (code > 0).mean(axis=0)
-    return {
-        "tokens": len(x),
-        "fvu": fvu,
-        "explained_variance": 1 - fvu,
-        "mse": np.sum((x - rebuilt) ** 2, axis=1).mean(),
-        "l0": (code > 0).sum(axis=1).mean(),
-        "l1": code.sum(axis=1).mean(),
-        "cossim": np.mean(np.sum(x * rebuilt, axis=1) / np.maximum(norms * norms_rebuilt, 1e-8)),
-        "l2_ratio": np.mean(norms_rebuilt / norms),
-        "dead_fraction": np.mean(rate == 0),
-        "dense_fraction": np.mean(rate > 0.1),
-    }
-
-
-def measure(sae: SAEArrays, batches, masks=None) -> ReconstructionMetrics:
-    metrics = ReconstructionMetrics()
-    for index, batch in enumerate(batches):
-        mask = np.ones(len(batch), bool) if masks is None else masks[index]
-        metrics.add(from_arrays(sae, 0).autoencoder, jnp.asarray(batch), jnp.asarray(mask))
-    return metrics
-
-
-@pytest.fixture
-def batches():
-    """Three batches that differ in mean and spread, as texts do."""
-    rng = np.random.default_rng(1)
-    return [(rng.standard_normal((40, D)) * scale + shift).astype(np.float32) for scale, shift in ((1, 0), (3, 0.5), (0.5, -1))]
-
-
-def test_every_metric_equals_float64_over_all_batches_at_once(batches):
-    sae = random_sae()
-    assert measure(sae, batches).result() == pytest.approx(oracle(sae, np.concatenate(batches)), rel=1e-5)
-
-
-def test_masked_tokens_do_not_count_whatever_they_hold(batches):
-    sae, rng = random_sae(), np.random.default_rng(2)
-    masks = [rng.random(40) < 0.6, rng.random(40) < 0.3, np.zeros(40, bool)]
-    kept = np.concatenate([batch[mask] for batch, mask in zip(batches, masks, strict=True)])
-    spoilt = [np.where(mask[:, None], batch, 1e6).astype(np.float32) for batch, mask in zip(batches, masks, strict=True)]
-    assert measure(sae, spoilt, masks).result() == pytest.approx(oracle(sae, kept), rel=1e-5)
-    # An empty batch first must not spoil the pooled mean either.
-    assert measure(sae, spoilt[::-1], masks[::-1]).result() == pytest.approx(oracle(sae, kept), rel=1e-5)
-
-
-@pytest.mark.parametrize("b_dec", [0.0, 1000.0])
-def test_a_large_mean_does_not_cancel_the_variance(b_dec, batches):
-    sae = random_sae(b_dec=b_dec)
-    shifted = [(batch + 1000).astype(np.float32) for batch in batches]
-    got, expected = measure(sae, shifted).result(), oracle(sae, np.concatenate(shifted))
-    assert got["fvu"] == pytest.approx(expected["fvu"], rel=1e-3)
-
-
-def test_firing_rates_are_shares_of_counted_tokens(batches):
-    sae = random_sae()
-    z = np.concatenate(batches) @ sae.W_enc.T + sae.b_enc
-    order = np.argsort(-z, axis=1)[:, :K]
-    fired = np.zeros(z.shape, bool)
-    np.put_along_axis(fired, order, np.take_along_axis(z, order, axis=1) > 0, axis=1)
-    np.testing.assert_allclose(measure(sae, batches).firing_rate, fired.mean(axis=0), rtol=1e-6)
-
-
-def test_equal_streams_have_no_fvu():
-    assert np.isnan(measure(random_sae(), [np.zeros((40, D), np.float32)]).result()["fvu"])
 
 
 def test_scores_are_quotients_of_sums_over_tokens():
@@ -131,7 +49,7 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def results(character_model, texts, config):
+def results(character_model, random_sae, texts, config):
     """A random SAE at layer 0 and a perfect one at layer 2, in one pass."""
     return evaluate_sae(character_model, [from_arrays(random_sae(), 0), from_arrays(perfect_sae(), 2)], texts, config)
 
@@ -142,10 +60,16 @@ def streams(model, texts) -> list[np.ndarray]:
     return [np.asarray(x)[mask] for half in halves for x, mask in zip(half.values[0], half.mask, strict=True)]
 
 
-def test_a_model_is_measured_on_the_tokens_behind_the_first_and_on_all(character_model, texts, results):
+def in_batches(rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Streams of texts as the config groups them."""
+    return [np.concatenate(rows[start : start + 3]) for start in range(0, len(rows), 3)]
+
+
+def test_a_model_is_measured_on_the_tokens_behind_the_first_and_on_all(character_model, random_sae, oracle, texts, results):
     rows = streams(character_model, texts)
-    ordinary, every = oracle(random_sae(), np.concatenate([x[1:] for x in rows])), oracle(random_sae(), np.concatenate(rows))
+    ordinary, every = oracle(random_sae(), in_batches([x[1:] for x in rows])), oracle(random_sae(), in_batches(rows))
     expected = ordinary | {f"{name}_all": value for name, value in every.items()}
+    expected |= {"first_tokens": 6, "outlier_tokens": 0, "damaged_tokens": 0}
     assert {name: results[0][name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
@@ -157,7 +81,7 @@ def test_a_perfect_sae_scores_1(results):
     assert perfect["ce_zero"] != pytest.approx(perfect["ce_clean"], rel=1e-2)
 
 
-def test_an_sae_that_outputs_zeros_scores_0(character_model, texts, config):
+def test_an_sae_that_outputs_zeros_scores_0(character_model, random_sae, texts, config):
     blank = evaluate_sae(character_model, [from_arrays(random_sae(), 0), from_arrays(blank_sae(), 2)], texts, config)[2]
     assert blank["ce_loss_score"] == pytest.approx(0, abs=1e-5) and blank["kl_div_score"] == pytest.approx(0, abs=1e-5)
     assert blank["ce_sae"] == pytest.approx(blank["ce_zero"])
@@ -182,26 +106,68 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def test_norm_outliers_count_in_the_metrics_over_all_tokens_only(character_model, texts, config):
-    decoder = character_model.decoder
-    outlier = ord("~") - 30
-    table = decoder.embedding[...].at[outlier].mul(1000)
-    loud = jax.tree_util.tree_map_with_path(lambda path, w: table if "embedding" in jax.tree_util.keystr(path) else w, decoder)
-    model = LanguageModel(loud, tokenizer=character_model.tokenizer)
-    quiet = [text.replace("~", "a") for text in texts]
+def with_tilde(model, factor) -> LanguageModel:
+    """The model with the tilde's embedding multiplied."""
+    table = model.decoder.embedding[...].at[ord("~") - 30].mul(factor)
+    changed = jax.tree_util.tree_map_with_path(lambda path, w: table if "embedding" in jax.tree_util.keystr(path) else w, model.decoder)
+    return LanguageModel(changed, tokenizer=model.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def quiet(texts):
+    """The texts without a tilde."""
+    return [text.replace("~", "a") for text in texts]
+
+
+def test_norm_outliers_count_in_the_metrics_over_all_tokens_only(character_model, random_sae, oracle, quiet, config):
+    model = with_tilde(character_model, 1000)
     noisy = [text[:4] + "~" + text[5:] for text in quiet]
     metrics = evaluate_sae(model, [from_arrays(random_sae(), 0)], noisy, config, splice=False)[0]
     rows = streams(model, noisy)
     assert metrics["tokens_all"] == sum(map(len, rows)) and metrics["tokens"] == sum(len(x) - 2 for x in rows)
-    kept = np.concatenate([np.delete(x, [0, 4], axis=0) for x in rows])
+    assert (metrics["first_tokens"], metrics["outlier_tokens"], metrics["damaged_tokens"]) == (6, 6, 0)
+    kept = in_batches([np.delete(x, [0, 4], axis=0) for x in rows])
     assert metrics["fvu"] == pytest.approx(oracle(random_sae(), kept)["fvu"], rel=1e-4)
     assert metrics["mse_all"] > 100 * metrics["mse"]
     keep_all = EvaluationConfig(3, drop_first=False, max_norm_multiple=0.0)
     everything = evaluate_sae(model, [from_arrays(random_sae(), 0)], noisy, keep_all, splice=False)[0]
     assert everything["mse"] == everything["mse_all"] == metrics["mse_all"]
+    assert (everything["first_tokens"], everything["outlier_tokens"]) == (0, 0)
 
 
-def test_what_cannot_be_evaluated_is_refused(character_model, texts):
+@pytest.mark.parametrize("max_norm_multiple", [10.0, 0.0])
+def test_damaged_streams_are_counted_and_change_no_metric(character_model, random_sae, quiet, max_norm_multiple):
+    config = EvaluationConfig(3, max_norm_multiple=max_norm_multiple)
+    model, saes = with_tilde(character_model, np.nan), [from_arrays(random_sae(), 0)]
+    damaged = [*quiet[:2], quiet[2][:-1] + "~", *quiet[3:5], "~" + quiet[5][1:]]
+    found = evaluate_sae(model, saes, damaged, config)[0]
+    healthy = evaluate_sae(model, saes, [*quiet[:2], *quiet[3:5]], replace(config, batch_size=2))[0]
+    lost = found.pop("damaged_tokens")
+    assert 0 < lost <= len(quiet[2]) + len(quiet[5]) and healthy.pop("damaged_tokens") == 0
+    assert lost == len(quiet[2]) + len(quiet[5])  # attention spreads a NaN over the whole row
+    assert found == pytest.approx(healthy, rel=1e-4) and np.isfinite(list(found.values())).all()
+
+
+def test_every_token_is_counted_under_one_heading():
+    x = np.ones((2, 6, D), np.float32)
+    x[0, 1], x[0, 2, 3], x[1, 3] = np.nan, np.inf, 100
+    segment_ids = jnp.asarray([[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 0, 0]])
+    counted = count_tokens(jnp.asarray(x), segment_ids, 10.0, True)
+    assert np.asarray(counted.every_BT).tolist() == [[True, False, False, True, True, True], [True] * 4 + [False] * 2]
+    assert np.asarray(counted.ordinary_BT).tolist() == [[False, False, False, True, False, True], [False, True, True, False, False, False]]
+    assert (int(counted.first), int(counted.outliers), int(counted.damaged)) == (3, 1, 2)
+
+
+def test_histograms_and_geometry_come_when_asked_for(character_model, random_sae, texts):
+    config = EvaluationConfig(3, densities=True, geometry=True)
+    found = evaluate_sae(character_model, [from_arrays(random_sae(), 0)], texts, config, splice=False)[0]
+    for suffix in ("", "_all"):
+        histogram = found[f"density_histogram{suffix}"]
+        assert histogram["silent"] == round(found[f"dead_fraction{suffix}"] * F) and histogram["silent"] + histogram["counts"].sum() == F
+    assert found["encoder_decoder_cosine"] == pytest.approx(1) and found["decoder_max_cosine"] == found["encoder_max_cosine"] < 1
+
+
+def test_what_cannot_be_evaluated_is_refused(character_model, random_sae, texts):
     sae = from_arrays(random_sae(), 0)
     narrow = from_arrays(SAEArrays(*(np.ones(shape, np.float32) for shape in ((8, 4), (8, 4), 8, 4)), k=2), 0)
     with pytest.raises(ShapeError, match="reads residual streams 4 wide, but in memory has width 32"):

@@ -39,6 +39,10 @@ def state_of(sae, optimizer, since=None, scale=1.0) -> SAEState:
     return SAEState(jax.tree.map(jnp.array, sae), optimizer.init(sae), since, jnp.float32(scale))
 
 
+def stacked(step, states) -> SAEState:
+    return step.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
 # An optimiser that changes nothing and keeps the gradient that it was given.
 RECORD = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g))
 RECORDED = {clip: SAEConfig(F, K, 10, clip=clip, dead_after_tokens=100) for clip in (1e-3, 1e3)}
@@ -92,7 +96,7 @@ def test_a_batch_with_a_number_that_is_none_changes_nothing_and_is_counted():
     sae, x = make_sae(), streams()
     config = SAEConfig(F, K, 20, learning_rate=0.01, ema=0.9)
     step = SAEStep(config, AUX_K)
-    state = step.stack([step.new_state(sae, jnp.float32(1))], 1)
+    state = stacked(step, [step.new_state(sae, jnp.float32(1))])
     state, metrics = step(state, x[None])
     assert metrics["skipped"][0] == 0
     before = jax.tree.map(jnp.array, state)
@@ -106,7 +110,7 @@ def test_a_batch_with_a_number_that_is_none_changes_nothing_and_is_counted():
 def test_the_average_follows_the_parameters_and_is_what_is_exported():
     config = SAEConfig(F, K, 20, learning_rate=0.05, ema=0.8)
     step = SAEStep(config, AUX_K)
-    state = step.stack([step.new_state(make_sae(), jnp.float32(1))], 1)
+    state = stacked(step, [step.new_state(make_sae(), jnp.float32(1))])
     total, weight = {name: 0.0 for name in PARAMETERS}, 0.0
     for number in range(3):
         state, _ = step(state, streams(number)[None])
@@ -124,7 +128,7 @@ def test_batch_topks_threshold_follows_the_least_active_values():
     config = SAEConfig(F, K, 20, learning_rate=0.0, activation="batch_topk", threshold_decay=0.9)
     step = SAEStep(config, AUX_K)
     sae = make_sae(0, "batch_topk", config.slots)
-    state, expected = step.stack([step.new_state(sae, jnp.float32(1))], 1), None
+    state, expected = stacked(step, [step.new_state(sae, jnp.float32(1))]), None
     for number in range(3):
         x = streams(number)
         values = DenseSAE(sae, config).activations(np.asarray(x, np.float64))
@@ -163,7 +167,7 @@ def run(config, mesh, seeds=(0, 1, 2, 3), steps=3):
     saes = [replace_params(sae, {"W_enc": sae.W_enc[...].at[33].set(sae.W_enc[3]), "b_enc": sae.b_enc[...].at[33].set(sae.b_enc[3])}) for sae in saes]
     states = [step.new_state(sae, jnp.float32(1.5)) for sae in saes]
     since = jnp.where(DEAD, jnp.int32(500), jnp.int32(0))
-    state = step.stack([SAEState(s.sae, s.optimizer, since, s.scale, s.average) for s in states], len(states))
+    state = stacked(step, [SAEState(s.sae, s.optimizer, since, s.scale, s.average) for s in states])
     found = []
     for number in range(steps):
         state, metrics = step(state, jnp.stack([streams(10 * seed + number) for seed in seeds]))
