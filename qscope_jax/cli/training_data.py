@@ -1,7 +1,7 @@
 """Documents for the verbs that run a model over many: those to train on, those kept for evaluation, and their tokens."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from qscope_jax.errors import ConfigError
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qscope_jax.models.language_model import LanguageModel
 
 
+@runtime_checkable
 class TextOptions(Protocol):
     """The options of a verb that say which documents."""
 
