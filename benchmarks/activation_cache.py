@@ -72,7 +72,7 @@ def _reading(folder: Path, rounds: int) -> None:
     width, features, k, batch_tokens = SHAPES[0]
     _make(folder, width)
     step = paired(
-        {"step": _ours(np.random.default_rng(0).standard_normal((batch_tokens, width)).astype(np.float32), features, k)}, rounds=rounds, warmup=2
+        {"step": _ours(np.random.default_rng(0).standard_normal((batch_tokens, width)).astype(np.float32), features, k, 1)}, rounds=rounds, warmup=2
     )
     needed = batch_tokens / np.median(step["step"])
     print(f"reading: D={width}, batches of {batch_tokens}; an SAE step with F={features}, K={k} takes {needed:,.0f} tok/s")

@@ -106,7 +106,7 @@ def _theirs(width: int, steps: int, seed: int) -> dict[str, _Torch]:
     torch.manual_seed(seed)
     sparsify = Sparsify(width, FEATURES, K, RATE, "adam", aux=True, dead_after=DEAD_AFTER)
     schedule = SAEConfig(FEATURES, K, steps, learning_rate=1.0).schedule()
-    same = torch.optim.lr_scheduler.LambdaLR(sparsify.optimizer, lambda step: float(schedule(step)))
+    same = torch.optim.lr_scheduler.LambdaLR(sparsify.optimizer, lambda step: np.asarray(schedule(step)).item())
     peer = DictionaryLearning(width, FEATURES, K, RATE, "adam", dead_after=DEAD_AFTER, steps=steps)
     return {"sparsify": _Torch(sparsify, same), "dictionary_learning": _Torch(peer)}
 

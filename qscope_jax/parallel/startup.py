@@ -32,6 +32,4 @@ def join_processes() -> None:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"the other processes cannot be joined ({reason}); set {', '.join(_VARIABLES)}, or leave --distributed out"
-        ) from error
+        raise ConfigError(f"the other processes cannot be joined ({reason}); set {', '.join(_VARIABLES)}, or leave --distributed out") from error
