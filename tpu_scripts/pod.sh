@@ -203,7 +203,7 @@ start_training() {
   [ -z "$setup" ] || ssh_to all "$setup"
   # The machines' own Python is older than 3.11; uv brings one.
   ssh_to all 'set -e; command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh; '"test -x ~/qscope/bin/python || ~/.local/bin/uv venv --python 3.11 ~/qscope; ~/.local/bin/uv pip install --python ~/qscope/bin/python --reinstall-package qscope-jax '$package'"
-  ssh_to all 'if test -f ~/qscope.pid && kill -0 "$(cat ~/qscope.pid)" 2>/dev/null; then echo "already running"; else nohup ~/qscope/bin/qscope train-sae --config ~/qscope.yaml --out '"$out"' --resume --no-progress >>~/qscope.log 2>&1 </dev/null & echo $! >~/qscope.pid; fi'
+  ssh_to all 'if test -f ~/qscope.pid && kill -0 "$(cat ~/qscope.pid)" 2>/dev/null; then echo "already running"; else nohup ~/qscope/bin/qscope train-sae --config ~/qscope.yaml --out '"$out"' --resume --no-progress --distributed >>~/qscope.log 2>&1 </dev/null & echo $! >~/qscope.pid; fi'
 }
 
 # shellcheck disable=SC2016

@@ -21,6 +21,7 @@ from qscope_jax.models.experts import MixtureOfExperts
 from qscope_jax.models.feedforward import GatedMLP
 from qscope_jax.models.linear import linear, rms_norm, soft_cap
 from qscope_jax.models.rotary import rotary_tables
+from qscope_jax.parallel.rules import keep_rows
 
 _MIXERS = {"full_attention": Attention, "sliding_attention": partial(Attention, sliding=True), "gated_delta": GatedDeltaNet}
 _FEED_FORWARDS = {"dense": GatedMLP, "moe": MixtureOfExperts}
@@ -126,6 +127,7 @@ class Decoder(nnx.Module):
         x_BTD = self.embedding[...][tokens_BT].astype(self.config.dtype)
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(math.sqrt(self.config.d_model), x_BTD.dtype)
+        x_BTD = keep_rows(x_BTD)
         buffer = None if taps is None else jnp.zeros((taps.shape[0] + 1, *x_BTD.shape), x_BTD.dtype)
         rows_L = None if taps is None else _tap_rows(taps, self.config.num_layers)
         run = _Run(self.config, context, edit_context, tuple(edits), rows_L)
@@ -209,7 +211,7 @@ class _Run:
             x, state = call(x, self.context, None if states is None else states[place], repeat)
             if states is not None:
                 states[place] = state
-            x = apply_edits(x, self.edits, index, self.edit_context)
+            x = keep_rows(apply_edits(x, self.edits, index, self.edit_context))
             if buffer is not None and self.rows_L is not None:
                 buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, self.rows_L[index], 0)
         return x, buffer, None if states is None else tuple(states)

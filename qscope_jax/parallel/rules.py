@@ -117,6 +117,18 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(None,) * (ndim - 1)))
 
 
+def keep_rows(x: jax.Array) -> jax.Array:
+    """Ask the partitioner to leave a batch's rows where they are, over `data` and `fsdp`, on the mesh that is set.
+
+    Said after every layer: weights and rows share the axis `fsdp`, and the partitioner, left alone, moves activations instead of weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    if shards == 1 or x.shape[0] % shards:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *(None,) * (x.ndim - 1)))
+
+
 def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """A batch on the mesh; of an array that spans processes each reads only the rows that are its own."""
     sharding = batch_sharding(mesh, rows.ndim)

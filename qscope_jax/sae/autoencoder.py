@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from qscope_jax.sae.selection import largest_features, pre_activations
+from qscope_jax.sae.selection import largest_over_shards, pre_activations
 from qscope_jax.sae.sparse import chosen_pre_activations, sparse_decode
 
 
@@ -99,7 +99,7 @@ class SparseAutoencoder(nnx.Module):
         W, b = self.W_enc[...].astype(jnp.float32), self.b_enc[...].astype(jnp.float32)
 
         floor_F = None if self.activation == "topk" else self.threshold[...].astype(jnp.float32)
-        chosen = largest_features(self.encoder_input(x_ND), W, b, self.k if k is None else k, floor_F=floor_F, allowed_F=allowed_F)
+        chosen = largest_over_shards(self.encoder_input(x_ND), W, b, self.k if k is None else k, floor_F, allowed_F)
         values_NK, indices_NK = jax.lax.stop_gradient(chosen)
         return self.at(SparseCode(jnp.maximum(values_NK, 0), indices_NK), x_ND)
 

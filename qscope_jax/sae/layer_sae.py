@@ -1,5 +1,6 @@
 """What a user holds: an autoencoder, the layer it reads, and where it came from."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from qscope_jax.errors import InputError, ShapeError
@@ -58,7 +59,9 @@ class LayerSAE:
             ShapeError: the streams are not as wide as the SAE.
         """
         self.check_width(x.shape[-1], "these residual streams")
-        return encode(self.autoencoder, jnp.asarray(x).reshape(-1, x.shape[-1]))
+        place = self.autoencoder.W_enc[...].sharding
+        with jax.set_mesh(place.mesh) if isinstance(place, NamedSharding) else contextlib.nullcontext():
+            return encode(self.autoencoder, jnp.asarray(x).reshape(-1, x.shape[-1]))
 
     def decode(self, code: SparseCode) -> Float[Array, "N D"]:
         """Reconstruction of every token."""

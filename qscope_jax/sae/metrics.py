@@ -66,12 +66,12 @@ def evaluate_sae(
         segment_ids = jnp.asarray(batch.segment_ids_BT)
         with jax.set_mesh(model.mesh):
             out = forward(model.decoder, batch.tokens_BT, segment_ids, (), jnp.asarray(layers, jnp.int32), stop_after=None if splice else max(layers))
-        assert out.residuals is not None
-        for sae, x in zip(saes, out.residuals, strict=True):
-            counted = count_tokens(x, segment_ids, config.max_norm_multiple, config.drop_first)
-            found[sae.layer].add(sae, x, counted)
-            if out.logits is not None:
-                with jax.set_mesh(model.mesh):
+            assert out.residuals is not None
+            for place, sae in enumerate(saes):
+                x = out.residuals[place]
+                counted = count_tokens(x, segment_ids, config.max_norm_multiple, config.drop_first)
+                found[sae.layer].add(sae, x, counted)
+                if out.logits is not None:
                     found[sae.layer].add_splice(splice_sums(model.decoder, sae, batch, x, out.logits, counted, config))
     return {sae.layer: found[sae.layer].result(sae, config) for sae in saes}
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qscope_jax.parallel.rules import on_host
 from qscope_jax.sae.autoencoder import SparseAutoencoder
 from qscope_jax.sae.sparse import scatter_scalars
 
@@ -81,7 +82,7 @@ class ReconstructionMetrics:
 
     def add_sums(self, sums: dict[str, Array]) -> None:
         """Count a batch by its sums."""
-        new = {name: np.asarray(value, np.float64) for name, value in sums.items()}
+        new = {name: on_host(value).astype(np.float64) for name, value in sums.items()}
         new |= _batch_quotients(new)
         old = self._sums or {name: np.zeros_like(value) for name, value in new.items()}
         total = {name: np.asarray(old[name] + value) for name, value in new.items()}

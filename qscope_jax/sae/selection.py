@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from qscope_jax.models.linear import precision_for
+from qscope_jax.parallel.shards import Shards
 from qscope_jax.sae.topk import top_k
 
 _CHUNK = 256
@@ -43,6 +45,37 @@ def largest_features(
         return top_k(z_NF, min(k, W_FD.shape[0]))
 
     return _in_chunks(choose, x_ND, W_FD.shape[0])
+
+
+def largest_over_shards(
+    x_ND: Float[Array, "N D"],
+    W_FD: Float[Array, "F D"],
+    b_F: Float[Array, " F"],
+    k: int,
+    floor_F: Float[Array, " F"] | None = None,
+    allowed_F: Bool[Array, " F"] | None = None,
+) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
+    """`largest_features`; where the mesh that is set splits features, k candidates a shard and token cross devices, and no array of [N, F]."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = 1 if mesh.empty else mesh.shape.get("tensor", 1)
+    if split == 1 or W_FD.shape[0] % split:
+        return largest_features(x_ND, W_FD, b_F, k, floor_F=floor_F, allowed_F=allowed_F)
+
+    def own(x_ND: Array, by_feature: tuple[Array, Array, Array | None, Array | None]) -> tuple[Array, Array]:
+        W, b, floor, allowed = by_feature
+        shards = Shards(features="tensor")
+        values_NK, indices_NK = largest_features(x_ND, W, b, k, floor_F=floor, allowed_F=allowed)
+        all_values = shards.gather_features(values_NK)
+        all_indices = shards.gather_features(indices_NK + shards.feature_shard * W.shape[0])
+        # Behind each other in the shards' order: equal values still go to the lower feature.
+        values_NK, places_NK = jax.lax.top_k(all_values, min(k, all_values.shape[1]))
+        return values_NK, jnp.take_along_axis(all_indices, places_NK, axis=1)
+
+    by_feature = (W_FD, b_F, floor_F, allowed_F)
+    specs = jax.tree.map(lambda _: PartitionSpec("tensor"), by_feature)
+    # After the gather every shard has the same, which the checker cannot know.
+    over_mesh = jax.shard_map(own, in_specs=(PartitionSpec(), specs), out_specs=PartitionSpec(), axis_names=frozenset({"tensor"}), check_vma=False)
+    return over_mesh(x_ND, by_feature)
 
 
 def pre_activations(x_ND: Float[Array, "N D"], W_FD: Float[Array, "F D"], b_F: Float[Array, " F"]) -> Float[Array, "N F"]:

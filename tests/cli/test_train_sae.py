@@ -84,7 +84,7 @@ def test_a_stopped_run_writes_no_saes_and_says_how_to_continue(qscope, model, sm
         (["--holdout-share", "0", "--keep-best", "fvu"], "keep_best is fvu, but holdout_share 0 keeps no documents"),
         (["--keep-best", "fvu", "--keep-best-mode", "least"], "keep_best_mode is least, expected min or max"),
         (["--data", "none.txt"], "none.txt: no such file"),
-        (["--limit", "1"], "leaves none to train on"),
+        (["--limit", "1"], "leaves none"),
         (["--steps", "0"], "steps is 0"),
         (["--sequence-length", "1"], "sequence_length is 1, expected 2 or more"),
     ],

@@ -23,6 +23,8 @@ def test_arrays_come_back_to_the_bit(tensors, tmp_path):
         assert back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes(), name
 
 
+# What TensorStore had begun to read when the first piece was missing is collected later, and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_folders_that_are_missing_foreign_or_torn_are_one_clear_error(tensors, tmp_path):
     (tmp_path / "empty").mkdir()
     write_arrays(tmp_path / "torn", tensors)

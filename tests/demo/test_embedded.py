@@ -59,7 +59,7 @@ def test_training_makes_an_sae_for_every_layer(small_corpus, small_model):
 
 
 def test_documents_end_with_the_end_token(small_corpus, small_model):
-    tokens = next(sae_training(small_model, ["Good morning."], SMALL).tokens()).tokens_BT
+    tokens = next(sae_training(small_model, ["Good morning."], SMALL).activations().tokens).tokens_BT
     assert END_TOKEN in tokens and END_TOKEN not in small_model.tokenize(["Good morning."])[0]
 
 

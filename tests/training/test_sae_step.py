@@ -10,6 +10,7 @@ import pytest
 from qscope_jax.errors import ConfigError
 from qscope_jax.parallel.mesh import make_mesh
 from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.recovery import planted_directions, planted_streams, recovered
 from qscope_jax.training.sae_config import SAEConfig
 from qscope_jax.training.sae_gradient import replace_params
 from qscope_jax.training.sae_step import SAEState, SAEStep, compiled_step, exported, sae_step
@@ -254,29 +255,19 @@ def test_what_the_mesh_cannot_split_is_said():
 # Learning.
 
 
-def recovered(truth=128, width=64, features=256, active=3, steps=300) -> float:
-    """Share of planted directions found, when half of the features begin too quiet to be among the active ones.
-
-    Without AuxK they stay so, and three quarters are found.
-    """
-    truth_PD = jnp.asarray(unit(np.random.default_rng(0).standard_normal((truth, width))), jnp.float32)
-    W = jnp.asarray(unit(np.random.default_rng(1).standard_normal((features, width))), jnp.float32)
+def test_512_planted_directions_are_recovered_also_by_features_that_began_dead():
+    """Half of the features begin too quiet to be among the active ones; without AuxK they stay so, and a part of the directions is missed."""
+    width, features, active, steps = 128, 1024, 4, 400
+    directions = planted_directions(jax.random.key(0), 512, width)
+    W = planted_directions(jax.random.key(1), features, width)
+    b_enc = jnp.where(jnp.arange(features, dtype=jnp.int32) < features // 2, jnp.float32(0), jnp.float32(-0.4))
     config = SAEConfig(features, active, steps, learning_rate=3e-3, dead_after_tokens=5000)
     optimizer = optax.adam(config.schedule())
-    b_enc = jnp.where(jnp.arange(features, dtype=jnp.int32) < features // 2, jnp.float32(0), jnp.float32(-0.4))
     state = state_of(SparseAutoencoder(W, W, b_enc, jnp.zeros((width,), jnp.float32), k=active), optimizer, scale=active**0.5)
 
     def step(state, key):
-        which, size = jax.random.split(key)
-        draws = jax.random.uniform(which, (256, truth), jnp.float32)
-        chosen = draws >= jax.lax.top_k(draws, active)[0][:, -1:]
-        strengths = jax.random.uniform(size, (256, truth), jnp.float32, 0.5, 1.5)
-        x = jnp.where(chosen, strengths, jnp.float32(0)) @ truth_PD
+        x = planted_streams(key, directions, active=active, tokens=512)
         return sae_step(optimizer, config, width // 2, state, x)[0], None
 
     state, _ = jax.jit(lambda state: jax.lax.scan(step, state, jax.random.split(jax.random.key(2), steps)))(state)
-    return float(np.mean(np.max(truth_PD @ state.sae.W_dec[...].T, axis=1) > 0.9))
-
-
-def test_planted_directions_are_recovered_also_by_features_that_began_dead():
-    assert recovered() >= 0.95
+    assert recovered(directions, state.sae.W_dec[...])[0] >= 0.95
