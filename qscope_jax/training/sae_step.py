@@ -120,7 +120,7 @@ class SAEStep:
         """
 
         def put(leaves: list[Array], place: Array, arguments: tuple[Any, ...]) -> list[Array]:
-            return _put_in(leaves, jax.tree.leaves(make(place, *arguments)), place)
+            return _put_in(leaves, [leaf[None] for leaf in jax.tree.leaves(make(place, *arguments))], place)
 
         tree: Any = None
 
@@ -193,16 +193,17 @@ class SAEStep:
         self, shards: Shards, state: SAEState, x_MND: Array, memory: SparseAutoencoder | None
     ) -> tuple[SAEState, dict[str, Array], SparseAutoencoder | None]:
         """This device's SAEs one after the other, in place."""
-        step = partial(sae_step, self.optimizer, self.config, self.aux_k, shards=shards, keep_gradient=memory is not None)
+        step = partial(_step_of_one, self.optimizer, self.config, self.aux_k, shards)
         count, seeds = x_MND.shape[0] * self.config.num_seeds, self.config.num_seeds
         if count == 1:
-            one, metrics, kept = step(_squeeze(state), x_MND[0])
-            return _unsqueeze(one), _unsqueeze(metrics), _unsqueeze(kept)
+            state, metrics, gradient = step(state, x_MND[0])
+            return state, {name: value[None] for name, value in metrics.items()}, _memory(memory, gradient)
 
         def turn(place: Array, carry: Any) -> Any:
-            state, metrics, _ = carry
-            one, measured, kept = step(_at(state, place), jax.lax.dynamic_index_in_dim(x_MND, place // seeds, keepdims=False))
-            return _put_in(state, one, place), _put_in(metrics, measured, place), _unsqueeze(kept)
+            state, metrics, memory = carry
+            one, measured, gradient = step(_at(state, place), jax.lax.dynamic_index_in_dim(x_MND, place // seeds, keepdims=False))
+            metrics = {name: values.at[place].set(measured[name]) for name, values in metrics.items()}
+            return _put_in(state, one, place), metrics, _memory(memory, gradient)
 
         metrics = {name: jnp.zeros((count,), jnp.float32) for name in METRICS}
         return jax.lax.fori_loop(0, count, turn, (state, metrics, memory))
@@ -230,40 +231,51 @@ def sae_step(
     x_ND: Float[Array, "N D"],
     *,
     shards: Shards | None = None,
-    keep_gradient: bool = False,
-) -> tuple[SAEState, dict[str, Float[Array, ""]], SparseAutoencoder | None]:
-    """One optimiser step of one SAE on a batch of residual streams; also the gradient as it was before projection, where asked.
+) -> tuple[SAEState, dict[str, Float[Array, ""]]]:
+    """One optimiser step of one SAE on a batch of residual streams.
 
     The decoder's gradient loses its part along each direction before clipping, and directions are renormalised after the step. A batch
-    whose gradient is not finite changes nothing but the metric `skipped`.
+    whose gradient is not finite counts as one whose gradient is 0, and in the metric `skipped`.
     """
-    shards = shards or Shards()
-    x = x_ND.astype(jnp.float32) / state.scale
-    with jax.numpy_dtype_promotion("standard"):  # optax divides its int32 step
-        weight: Any = config.sparsity_schedule()(_count(state.optimizer)) if config.activation == "jumprelu" else 0.0
-    found = loss_and_gradient(state.sae, x, state.tokens_since_fired, weight, config=config, aux_k=aux_k, shards=shards)
-    grads, norm = _project_and_clip(found.parameters, state.sae, config.clip, shards)
+    stacked = jax.tree.map(lambda leaf: leaf[None], state)
+    stacked, metrics, _ = _step_of_one(optimizer, config, aux_k, shards or Shards(), stacked, x_ND)
+    return _first(stacked), metrics
+
+
+def _step_of_one(
+    optimizer: optax.GradientTransformation, config: SAEConfig, aux_k: int, shards: Shards, state: SAEState, x_ND: Array
+) -> tuple[SAEState, dict[str, Array], SparseAutoencoder]:
+    """`sae_step` of a stack of one, and the gradient as it was before projection.
+
+    All that is elementwise keeps the stack's axis: where shapes change between Adam's moments and the parameters, XLA's CPU compiler computes
+    the moments twice, from copies.
+    """
+    sae, since_F = _first(state.sae), state.tokens_since_fired[0]
+    x = x_ND.astype(jnp.float32) / state.scale[0]
+    with jax.numpy_dtype_promotion("standard"):  # optax divides its int32 step, and raises floats to its power
+        weight: Any = config.sparsity_schedule()(_count(state.optimizer)[0]) if config.activation == "jumprelu" else 0.0
+    found = loss_and_gradient(sae, x, since_F, weight, config=config, aux_k=aux_k, shards=shards)
+    grads, norm = _project_and_clip(found.parameters, sae, config.clip, shards)
+    # Nothing that is not a number reaches parameters or moments. (Keeping the old ones instead would need copies of all of them.)
     ok = jnp.isfinite(norm)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its int32 step
+    grads = jax.tree.map(lambda g: jnp.where(ok, g, jnp.zeros_like(g))[None], grads)
+    with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, state.optimizer, state.sae)  # pyright: ignore[reportArgumentType]
-    updates = jax.tree.map(lambda update: jnp.where(ok, update, jnp.zeros_like(update)), updates)
-    sae: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
-    # A branch also because without it XLA's CPU compiler makes one call of the update and the sums over its rows, in arrays of their own.
-    changes = {"W_dec": jax.lax.cond(ok, _normalise, lambda rows: rows, sae.W_dec[...])}
+    saes: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
+    # The condition always holds. Without it XLA's CPU compiler makes one call of the update and the sums over its rows, in arrays of their own.
+    changes = {"W_dec": jax.lax.cond(found.tokens_since_fired[0] >= 0, _normalise, lambda rows: rows, saes.W_dec[...])}
     if config.activation == "jumprelu":
-        changes["threshold"] = jnp.maximum(sae.threshold[...], 0)
+        changes["threshold"] = jnp.maximum(saes.threshold[...], 0)
     if config.activation == "batch_topk":
-        changes["threshold"] = _follow(sae.threshold[...], found.least_active, ok, config.threshold_decay)
-    sae = replace_params(sae, changes)
+        changes["threshold"] = _follow(saes.threshold[...], found.least_active, ok, config.threshold_decay)
+    saes = replace_params(saes, changes)
     average = state.average
     if average is not None:
-        average = jax.tree.map(lambda old, new: jnp.where(ok, config.ema * old + (1 - config.ema) * new, old), average, sae)
-    opt_state, since_F = jax.tree.map(
-        lambda old, new: jnp.where(ok, new, old), (state.optimizer, state.tokens_since_fired), (opt_state, found.tokens_since_fired)
-    )
+        average = jax.tree.map(lambda old, new: config.ema * old + (1 - config.ema) * new, average, saes)
+    since_F = jnp.where(ok, found.tokens_since_fired, since_F)
     losses = {name: getattr(found.losses, name) for name in METRICS if hasattr(found.losses, name)}
     metrics = losses | {"gradient_norm": norm, "skipped": 1 - ok.astype(jnp.float32)}
-    return SAEState(sae, opt_state, since_F, state.scale, average), metrics, found.parameters if keep_gradient else None
+    return SAEState(saes, opt_state, since_F[None], state.scale, average), metrics, found.parameters
 
 
 @cache
@@ -316,7 +328,7 @@ def _follow(threshold_F: Array, least: Array, ok: Array, decay: float) -> Array:
 
 
 def _normalise(rows_FD: Array) -> Array:
-    return rows_FD / (jnp.linalg.norm(rows_FD, axis=1, keepdims=True) + 1e-8)
+    return rows_FD / (jnp.linalg.norm(rows_FD, axis=-1, keepdims=True) + 1e-8)
 
 
 def _count(optimizer_state: Any) -> Array:
@@ -335,17 +347,19 @@ def _specs(tree: Any) -> list[PartitionSpec]:
     return [stack_spec(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def _squeeze(tree: _Tree) -> _Tree:
+def _memory(memory: SparseAutoencoder | None, gradient: SparseAutoencoder) -> SparseAutoencoder | None:
+    """The gradient, where there is room to leave it in."""
+    return None if memory is None else jax.tree.map(lambda leaf: leaf[None], gradient)
+
+
+def _first(tree: _Tree) -> _Tree:
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def _unsqueeze(tree: _Tree) -> _Tree:
-    return jax.tree.map(lambda leaf: leaf[None], tree)
-
-
 def _at(tree: _Tree, place: Array) -> _Tree:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False), tree)
+    """A stack of the one at a place."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, place, 1), tree)
 
 
 def _put_in(stacked: _Tree, one: _Tree, place: Array) -> _Tree:
-    return jax.tree.map(lambda all_, leaf: jax.lax.dynamic_update_index_in_dim(all_, leaf, place, 0), stacked, one)
+    return jax.tree.map(lambda all_, leaf: jax.lax.dynamic_update_slice_in_dim(all_, leaf, place, 0), stacked, one)
