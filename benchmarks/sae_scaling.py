@@ -9,6 +9,7 @@ below an array of [N, F].
 
 import argparse
 import os
+from typing import Any
 
 MESHES = ("", "fsdp=8", "tensor=8", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4")
 SAES, WIDTH, FEATURES, K, TOKENS = 16, 512, 8192, 32, 4096
@@ -33,8 +34,8 @@ def main() -> None:
         mesh = make_mesh(axes)
         step = SAEStep(SAEConfig(FEATURES, K, 10), WIDTH // 2, mesh)
         compiled = step.lower(SAES, WIDTH, TOKENS).compile()
-        memory = compiled.memory_analysis()
-        found = collectives(compiled.as_text())
+        memory: Any = compiled.memory_analysis()
+        found = collectives(compiled.as_text() or "")
         products = SAES * TOKENS * sae_flops(FEATURES, WIDTH, K, dense=False) / mesh.size / 1e9
         kinds = ", ".join(f"{one.count} {one.kind}" for one in found) or "none"
         sent = sum(one.bytes for one in found) / 2**20

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class LayerSAE:
         """
         self.check_width(x.shape[-1], "these residual streams")
         place = self.autoencoder.W_enc[...].sharding
-        with jax.set_mesh(place.mesh) if isinstance(place, NamedSharding) else contextlib.nullcontext():
+        with jax.set_mesh(cast(Mesh, place.mesh)) if isinstance(place, NamedSharding) else contextlib.nullcontext():
             return encode(self.autoencoder, jnp.asarray(x).reshape(-1, x.shape[-1]))
 
     def decode(self, code: SparseCode) -> Float[Array, "N D"]:
