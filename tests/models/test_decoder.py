@@ -8,7 +8,10 @@ import pytest
 
 from qscope_jax.errors import InputError
 from qscope_jax.models.cache import init_cache
+from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import forward, load_model
+from qscope_jax.parallel.mesh import make_mesh
+from qscope_jax.parallel.rules import batch_sharding, leaf_name, parameter_sharding
 
 ALL = jnp.arange(3, dtype=jnp.int32)
 LENGTH = 24
@@ -190,3 +193,17 @@ def test_bfloat16_stays_near_float32_and_scores_in_float32(tiny_config, random_d
     out = run(random_decoder(tiny_config(dtype="bfloat16")), tokens)
     assert out.residuals.dtype == jnp.bfloat16 and out.logits.dtype == np.float32
     assert_close(out.logits, outputs.logits, 0.05)
+
+
+def test_on_an_fsdp_mesh_weights_are_gathered_and_activations_stay(tiny_config, abstract_arrays):
+    config, mesh = tiny_config(8, d_model=64, d_ff=96), make_mesh("fsdp=8")
+
+    def place(path, leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(leaf_name(path), leaf.shape, mesh))
+
+    with abstract_arrays(), jax.set_mesh(mesh):
+        decoder = jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda: Decoder(config, jax.random.key(0))))
+        tokens = jax.ShapeDtypeStruct((16, 24), jnp.int32, sharding=batch_sharding(mesh, 2))
+        taps = jnp.arange(8, dtype=jnp.int32)
+        text = jax.jit(lambda decoder, tokens: decoder(tokens, taps=taps, stop_after=7).residuals).lower(decoder, tokens).compile().as_text()
+    assert " all-gather(" in text and " all-reduce(" not in text

@@ -46,8 +46,7 @@ def folder(make_reference, tmp_path) -> Path:
     return tmp_path / "orbax"
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "scan"), [(shape, place % 2 == 0) for place, shape in enumerate(SHAPES)] + [("untied", False), ("experts", True)])
 def test_a_saved_model_is_loaded_with_every_bit(make_reference, tmp_path, shape, scan):
     model = load_model(make_reference(shape).folder, scan=scan)
     model.save(tmp_path / "orbax", format="orbax")
@@ -75,8 +74,10 @@ def test_a_group_is_an_orbax_checkpoint_that_orbax_reads_by_itself(folder, make_
     assert len(read) == 11 and all(np.array_equal(array, expected[name]) for name, array in read.items())
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2", "data=2,fsdp=4", "expert=2,tensor=2"])
-@pytest.mark.parametrize("shape", ["untied", "experts"])
+@pytest.mark.parametrize(
+    ("shape", "mesh"),
+    [("untied", "fsdp=2,tensor=2"), ("untied", "data=2,fsdp=4"), ("experts", "data=2,fsdp=4"), ("experts", "expert=2,tensor=2")],
+)
 def test_every_device_of_a_mesh_gets_its_slices(make_reference, tmp_path, mesh, shape):
     source = make_reference(shape).folder
     load_model(source, mesh=mesh).save(tmp_path / "orbax", format="orbax")
@@ -97,12 +98,12 @@ def test_layers_of_mixed_dtypes_keep_them_and_a_dtype_asked_for_is_rounded_to(fo
 
 
 def test_large_layers_are_split_into_groups_of_bounded_size(make_reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(orbax_folder, "_GROUP_BYTES", 8_000)
+    monkeypatch.setattr(orbax_folder, "_GROUP_BYTES", 24_000)
     model = load_model(make_reference("experts").folder)
     model.save(tmp_path / "orbax", format="orbax")
     entries = read_entries(open_source(tmp_path / "orbax")).values()
     sizes = {group: sum(e.nbytes for e in entries if e.group == group) for group in {e.group for e in entries}}
-    assert len(sizes) > 8 and all(size <= 8_000 or sum(e.group == group for e in entries) == 1 for group, size in sizes.items())
+    assert len(sizes) > 4 and all(size <= 24_000 or sum(e.group == group for e in entries) == 1 for group, size in sizes.items())
     assert_equal_models(load_model(tmp_path / "orbax"), model)
 
 

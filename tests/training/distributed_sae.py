@@ -1,6 +1,11 @@
-"""SAEs of two layers on a mesh of four devices, for processes that share them: `python -m tests.training.distributed_sae FOLDER AXES STEPS`."""
+"""SAEs of two layers on a mesh of four devices, for processes that share them: `python -m tests.training.distributed_sae FOLDER AXES STEPS [KILL]`.
+
+At the step KILL the process kills itself.
+"""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,9 +37,19 @@ def recipe(axes: str) -> SAETraining:
     return SAETraining(model, LAYERS, activations, config, characters.make_documents(10, seed=9, shortest=8))
 
 
-def main(folder: Path, axes: str, steps: int) -> None:
+def main(folder: Path, axes: str, steps: int, kill_at: int = 0) -> None:
     join()
-    state = train(recipe(axes), LoopConfig(steps, str(folder), log_every=1, checkpoint_every=3, resume=True, progress=False))
+    training = recipe(axes)
+    step, done = training.step, []
+
+    def until_killed(state, batch):
+        done.append(batch)
+        if len(done) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(state, batch)
+
+    training.step = until_killed
+    state = train(training, LoopConfig(steps, str(folder), log_every=1, checkpoint_every=3, resume=True, progress=False))
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         found[jax.tree_util.keystr(path)] = np.asarray(multihost_utils.process_allgather(leaf, tiled=True)).ravel().tolist()
@@ -42,4 +57,4 @@ def main(folder: Path, axes: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

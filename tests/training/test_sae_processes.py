@@ -1,4 +1,4 @@
-"""SAEs are trained by two real processes as by one, with a stop in between."""
+"""SAEs are trained by two real processes as by one, with a stop in between, and by one that is killed as if it had not been."""
 
 import json
 import shutil
@@ -58,3 +58,10 @@ def test_two_processes_equal_one_also_after_a_stop(whole, stopped, tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(whole, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     assert_near(run(tmp_path / "run", "data=4", 1)[0], whole[0])
+
+
+def test_a_run_that_is_killed_and_resumed_equals_the_one_that_never_was_to_the_bit(whole, tmp_path):
+    killed = run_processes(PROGRAM, 1, tmp_path, "data=4", STEPS, 6, devices=4, timeout=200)[0]
+    assert killed.status == -9 and not killed.out.strip()
+    state, metrics = run(tmp_path, "data=4", 1)
+    assert state == whole[0] and metrics == whole[1]
