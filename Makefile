@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/qscope demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests --support check -n auto --dist loadfile
+	$(BIN)/python -m pytest tests --support check -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
