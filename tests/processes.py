@@ -59,7 +59,7 @@ def join() -> None:
     """Join the other processes of the test, if there are any; then every device of all of them is there."""
     import jax
 
-    from qscope_jax.parallel.startup import join_processes
+    from qscope_jax.parallel.processes import join_processes
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     if int(os.environ[_COUNT]) > 1:

@@ -10,15 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from qscope_jax.cli.train_sae import Config
+from qscope_jax.cli.train_sae import Config, sae_config
 from qscope_jax.data.files import read_json
 from qscope_jax.errors import ConfigError
 from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.published import PUBLISHED
 from qscope_jax.parallel.rules import batch_sharding, leaf_name, parameter_sharding, replicated
+from qscope_jax.training.activations import buffer_spec
 from qscope_jax.training.sae_config import SAEConfig
 from qscope_jax.training.sae_step import SAEStep
 
@@ -65,8 +66,7 @@ def make_run(config: Config, mesh: Mesh) -> Run:
     layers = tuple(range(model.num_layers)) if config.layers is None else config.layers
     if outside := [layer for layer in layers if not 0 <= layer < model.num_layers]:
         raise ConfigError(f"layer {outside[0]} is out of range; {config.model} has layers 0 to {model.num_layers - 1}")
-    sizes = {item.name: getattr(config, item.name) for item in dataclasses.fields(SAEConfig) if hasattr(config, item.name)}
-    sizes["num_features"] = 16 * model.d_model if config.num_features is None else config.num_features
+    sae = sae_config(config, model.d_model)
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     for name, size, divisor, why in (
         ("model_batch", config.model_batch, data * fsdp, "rows lie over data and fsdp"),
@@ -74,11 +74,11 @@ def make_run(config: Config, mesh: Mesh) -> Run:
         ("batch_tokens", config.batch_tokens, config.lanes, "every lane gives as many tokens"),
         ("lanes", config.lanes, data, "lanes lie over data"),
         ("layers", len(layers), fsdp, "SAEs lie over fsdp"),
-        ("num_features", sizes["num_features"], tensor, "features lie over tensor"),
+        ("num_features", sae.num_features, tensor, "features lie over tensor"),
     ):
         if size % divisor:
             raise ConfigError(f"{name} is {size}, expected a multiple of {divisor} on this mesh ({why}); change it or the mesh")
-    return Run(config, model, SAEConfig(**sizes), layers, mesh)
+    return Run(config, model, sae, layers, mesh)
 
 
 def backbone(name: str, dtype: str | None) -> ModelConfig:
@@ -111,7 +111,7 @@ def decoder_arrays(run: Run) -> Decoder:
 
 def buffer_array(run: Run) -> jax.ShapeDtypeStruct:
     """The activation buffer [M, lanes, rows, D]."""
-    sharding = NamedSharding(run.mesh, PartitionSpec("fsdp", "data", None, None))
+    sharding = NamedSharding(run.mesh, buffer_spec(run.mesh, len(run.layers)))
     shape = (len(run.layers), run.config.lanes, run.rows, run.model.d_model)
     return jax.ShapeDtypeStruct(shape, run.model.dtype, sharding=sharding)
 
@@ -133,9 +133,7 @@ def lower_model(run: Run, decoder: Decoder) -> jax.stages.Lowered:
 def lower_sae(run: Run) -> tuple[jax.stages.Lowered, Any]:
     """The training step of all SAEs, and their state."""
     width = run.model.d_model
-    aux_k = min(max(width // 2, 1) if run.config.aux_k is None else run.config.aux_k, run.sae.num_features)
-    step = SAEStep(run.sae, aux_k, run.mesh)
-    step.mesh = run.mesh  # of one device too: without a mesh it would be compiled for this machine's
+    step = SAEStep(run.sae, run.sae.aux_slots(width), run.mesh)
     state = step.abstract_state(run.num_saes, width)
     return step.lower(run.num_saes, width, run.config.batch_tokens, jnp.dtype(run.model.dtype)), state
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qscope_jax.cli.options import Integers, check_at_least
 from qscope_jax.cli.results import check_writable
-from qscope_jax.cli.sources import ModelOptions, open_model
-from qscope_jax.cli.training_data import split_documents, tokenize_documents
+from qscope_jax.cli.sources import open_model
+from qscope_jax.cli.training_data import TrainingTextOptions, split_documents, tokenize_documents
 
 if TYPE_CHECKING:
     from qscope_jax.models.language_model import LanguageModel
@@ -20,21 +20,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions):
+class Config(TrainingTextOptions):
     """Run a model over documents once and keep its residual streams on disk. The same command resumes what was interrupted."""
 
     out: str
     """Folder of the cache; appears when it is complete."""
-    data: str = "tiny"
-    """File, folder or hub dataset of texts, or `tiny` for the embedded corpus."""
-    column: str = "text"
-    """Column or key of the data that holds the text."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    limit: int | None = None
-    """Read at most so many documents."""
-    holdout_share: float = 0.01
-    """Share of the documents, at their end, left out, as train-sae keeps it for evaluation."""
     layers: Integers | None = None
     """Layers: all, 3 or 2,4-5; by default all."""
     max_tokens: int | None = None

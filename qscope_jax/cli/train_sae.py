@@ -11,41 +11,30 @@ import yaml
 
 from qscope_jax.cli.options import Integers, check_at_least
 from qscope_jax.cli.results import check_writable
-from qscope_jax.cli.sources import ModelOptions, cut_texts, open_model
-from qscope_jax.cli.training_data import split_documents, tokenize_documents
+from qscope_jax.cli.sources import cut_texts, open_model
+from qscope_jax.cli.training_data import TrainingTextOptions, split_documents, tokenize_documents
 from qscope_jax.data.files import plain
 from qscope_jax.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
     from qscope_jax.models.language_model import LanguageModel
     from qscope_jax.training.sae import ActivationSource, SAETraining
+    from qscope_jax.training.sae_config import SAEConfig
 
 _HELD_OUT = 256
 _MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh", "keep_best",
                "keep_best_mode", "tensorboard", "wandb", "distributed"}  # fmt: skip
-_SIZE = ("k", "steps", "activation", "max_active", "multi_topk_weight", "learning_rate", "warmup_steps", "decay_share", "aux_weight", "aux_k",
-         "dead_after_tokens", "clip", "ema", "bandwidth", "sparsity_weight", "compute_dtype", "micro_batches", "num_seeds", "seed")  # fmt: skip
 _LOOP = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "keep_best_mode", "resume", "progress",
          "tensorboard", "wandb")  # fmt: skip
 _METRICS = {"fvu": "FVU", "fvu_all": "FVU, all tokens", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions):
+class Config(TrainingTextOptions):
     """Train SAEs for one or several layers at once, on activations made on the fly or kept on disk."""
 
     out: str
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints and, at the end, the SAEs in saes."""
-    data: str = "tiny"
-    """File, folder or hub dataset of texts, or `tiny` for the embedded corpus."""
-    column: str = "text"
-    """Column or key of the data that holds the text."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    limit: int | None = None
-    """Read at most so many documents."""
-    holdout_share: float = 0.01
-    """Share of the documents, at their end, kept for evaluation (at most 256 documents); 0 keeps none."""
     activations: str = ""
     """Folder that `qscope cache-activations` wrote, to train on instead of running the model on `data` (which then gives held-out texts alone)."""
     layers: Integers | None = None
@@ -131,11 +120,11 @@ class Config(ModelOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Train; returns the last held-out metrics of each layer and where the SAEs are."""
+    from qscope_jax.parallel.processes import from_first, is_first
     from qscope_jax.training.loop import LoopConfig, best_state, train
-    from qscope_jax.training.processes import from_first, is_first
 
     if config.distributed:
-        from qscope_jax.parallel.startup import join_processes
+        from qscope_jax.parallel.processes import join_processes
 
         join_processes()
     out = Path(config.out).expanduser()
@@ -169,6 +158,14 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
+def sae_config(config: Config, d_model: int) -> "SAEConfig":
+    """Size and training of the SAEs, for streams `d_model` wide: the options of the same names."""
+    from qscope_jax.training.sae_config import SAEConfig
+
+    given = {item.name: getattr(config, item.name) for item in dataclasses.fields(SAEConfig) if hasattr(config, item.name)}
+    return SAEConfig(**{**given, "num_features": 16 * d_model if config.num_features is None else config.num_features})
+
+
 def _metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -193,12 +190,10 @@ def _check(config: Config, out: Path) -> None:
 
 def _recipe(model: "LanguageModel", config: Config) -> "SAETraining":
     from qscope_jax.training.sae import SAETraining
-    from qscope_jax.training.sae_config import SAEConfig
 
     texts, held_out = split_documents(config)
     held_out = cut_texts(model, [text for text in held_out[:_HELD_OUT] if text.strip()], config.sequence_length)
-    features = 16 * model.config.d_model if config.num_features is None else config.num_features
-    size = SAEConfig(num_features=features, **{name: getattr(config, name) for name in _SIZE})
+    size = sae_config(config, model.config.d_model)
     layers, activations = _cached(model, config) if config.activations else _on_the_fly(model, texts, config)
     return SAETraining(model, layers, activations, size, held_out)
 

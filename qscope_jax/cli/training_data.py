@@ -1,31 +1,33 @@
 """Documents for the verbs that run a model over many: those to train on, those kept for evaluation, and their tokens."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from qscope_jax.cli.sources import ModelOptions
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from qscope_jax.models.language_model import LanguageModel
 
 
-@runtime_checkable
-class TextOptions(Protocol):
-    """The options of a verb that say which documents."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingTextOptions(ModelOptions):
+    """A model and the documents that it reads."""
 
-    @property
-    def data(self) -> str: ...  # noqa: D102
-    @property
-    def column(self) -> str: ...  # noqa: D102
-    @property
-    def split(self) -> str: ...  # noqa: D102
-    @property
-    def limit(self) -> int | None: ...  # noqa: D102
-    @property
-    def holdout_share(self) -> float: ...  # noqa: D102
+    data: str = "tiny"
+    """File, folder or hub dataset of texts, or `tiny` for the embedded corpus."""
+    column: str = "text"
+    """Column or key of the data that holds the text."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    limit: int | None = None
+    """Read at most so many documents."""
+    holdout_share: float = 0.01
+    """Share of the documents, at their end, kept for evaluation; 0 keeps none."""
 
 
-def split_documents(config: TextOptions) -> tuple[Sequence[str], Sequence[str]]:
+def split_documents(config: TrainingTextOptions) -> tuple[Sequence[str], Sequence[str]]:
     """Documents to train on, and the share at their end that is kept for evaluation; read when they are asked for.
 
     Raises:

@@ -114,7 +114,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Sharding of a batch: rows over `data` and `fsdp`, the other dimensions whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), *(None,) * (ndim - 1)))
+    return NamedSharding(mesh, _rows_spec(ndim))
+
+
+def _rows_spec(ndim: int) -> PartitionSpec:
+    return PartitionSpec(("data", "fsdp"), *(None,) * (ndim - 1))
 
 
 def keep_rows(x: jax.Array) -> jax.Array:
@@ -126,7 +130,7 @@ def keep_rows(x: jax.Array) -> jax.Array:
     shards = 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
     if shards == 1 or x.shape[0] % shards:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *(None,) * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, _rows_spec(x.ndim))
 
 
 def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:

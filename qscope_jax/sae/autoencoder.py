@@ -1,6 +1,7 @@
 """The sparse autoencoder: residual stream to sparse code and back."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,16 @@ class SparseAutoencoder(nnx.Module):
     def direction(self, feature: int | Int[Array, ""]) -> Float[Array, " D"]:
         """The direction of a feature, as stored, not normalised."""
         return self.W_dec[...][feature].astype(jnp.float32)
+
+
+def replace_params(sae: SparseAutoencoder, changes: dict[str, Array]) -> SparseAutoencoder:
+    """A copy of an SAE with some parameters replaced."""
+
+    def swap(path: Any, leaf: Array) -> Array:
+        name = next((key.name for key in path if getattr(key, "name", None) in changes), None)
+        return leaf if name is None else changes[name]
+
+    return jax.tree_util.tree_map_with_path(swap, sae)
 
 
 def densify(code: SparseCode, num_features: int) -> Float[Array, "N F"]:

@@ -103,7 +103,7 @@ class ActivationStream:
         # Rows of each lane that hold tokens, rows of every lane already served, and refills so far.
         self._filled, self._served, self._refills = np.zeros(config.lanes, np.int32), 0, 0
         self.seen_tokens, self.dropped_tokens, self.damaged_tokens = 0, 0, 0
-        self._place = NamedSharding(self.mesh, _buffer_spec(self.mesh, len(config.layers)))
+        self._place = NamedSharding(self.mesh, buffer_spec(self.mesh, len(config.layers)))
 
     def __next__(self) -> Float[Array, "M N D"]:
         """The next batch, in the model's dtype: each lane's share behind the other."""
@@ -216,7 +216,7 @@ def _counts(tapped: TappedStreams, lanes: int, mesh: Mesh) -> tuple[Array, Array
     return jax.lax.with_sharding_constraint((counts_V, tapped.seen, tapped.damaged), replicated(mesh))
 
 
-def _buffer_spec(mesh: Mesh, layers: int) -> PartitionSpec:
+def buffer_spec(mesh: Mesh, layers: int) -> PartitionSpec:
     """Layers over `fsdp` where it divides them, lanes over `data`."""
     return PartitionSpec("fsdp" if layers % mesh.shape["fsdp"] == 0 else None, "data", None, None)
 
@@ -234,7 +234,7 @@ def _append(buffer: Array, x_MBTD: Array, mask_BT: Array, start_V: Array, mesh: 
             buffer = jax.lax.dynamic_update_slice(buffer, rows, (0, lane, start_V[lane], 0))
         return buffer
 
-    spec = _buffer_spec(mesh, layers)
+    spec = buffer_spec(mesh, layers)
     by_lane = PartitionSpec("data")
     return jax.shard_map(own, mesh=mesh, in_specs=(spec, spec, by_lane, by_lane), out_specs=spec)(buffer, x_MVND, mask_VN, start_V)
 
@@ -257,7 +257,7 @@ def _mix(buffer: Array, key: Key[Array, ""], capacity: int, mesh: Mesh) -> Array
             buffer = buffer.at[:, lane, :capacity].set(buffer[:, lane, order])
         return buffer
 
-    spec = _buffer_spec(mesh, buffer.shape[0])
+    spec = buffer_spec(mesh, buffer.shape[0])
     return jax.shard_map(own, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)(buffer, key)
 
 

@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 
 from qscope_jax.data.files import plain
 from qscope_jax.errors import SourceError
+from qscope_jax.parallel.processes import from_first, is_first
 from qscope_jax.training.integrity import damage, read_facts, write_record
-from qscope_jax.training.processes import from_first, is_first
 
 _SPARE_BYTES = 1 << 20  # metadata of a checkpoint
 

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qscope_jax.data.files import atomic_path, plain
 from qscope_jax.errors import ConfigError, SourceError
+from qscope_jax.parallel.processes import is_first
 from qscope_jax.training.checkpoint import Checkpoints, StreamState, outline
 from qscope_jax.training.interruption import interruption
-from qscope_jax.training.processes import is_first
 from qscope_jax.training.trackers import Tracker, check_installed, scalars, trackers
 
 

@@ -14,19 +14,21 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qscope_jax.models.language_model import LanguageModel
+from qscope_jax.parallel.processes import is_first
 from qscope_jax.sae.arrays import SAEArrays
-from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.autoencoder import SparseAutoencoder, replace_params
 from qscope_jax.sae.formats.own_format import write_folder
 from qscope_jax.sae.layer_sae import LayerSAE
 from qscope_jax.sae.metrics import evaluate_sae
+from qscope_jax.sae.selection import largest_features
+from qscope_jax.sae.sparse import combine_rows
 from qscope_jax.training.activations import geometric_median, mean_squared_norm
 from qscope_jax.training.loop import Stream
-from qscope_jax.training.processes import is_first
 from qscope_jax.training.sae_config import SAEConfig
-from qscope_jax.training.sae_gradient import replace_params
 from qscope_jax.training.sae_step import SAEState, compiled_step, exported, new_sae
 
 _EVALUATED = 8
+_SAMPLE = 256  # tokens that the encoder's first size is chosen on
 
 
 class ActivationSource(Stream, Protocol):
@@ -67,18 +69,17 @@ class SAETraining:
         for layer in layers:
             model.check_layer(layer)
         self.model, self.layers, self.activations, self.config, self.held_out = model, tuple(layers), activations, config, held_out
-        aux_k = min(max(model.config.d_model // 2, 1) if config.aux_k is None else config.aux_k, config.num_features)
-        self.step_program = compiled_step(config, aux_k, model.mesh if model.mesh.size > 1 else None)
+        self.step_program = compiled_step(config, config.aux_slots(model.config.d_model), model.mesh if model.mesh.size > 1 else None)
         self._first: ActivationSource | None = None
 
     def init(self) -> SAEState:
-        """One state a layer and seed, stacked: unit random directions, tied encoder, b_dec at the geometric median of the first buffer."""
+        """One state a layer and seed, stacked: unit random directions, an encoder along them, b_dec at the geometric median of the first buffer."""
         self._first = self.activations()
         x_MND = self._first.peek()
         moments = [_moments(x_MND, np.int32(place)) for place in range(len(self.layers))]
         layers, seeds = zip(*self._places(), strict=True)
         scale_S, b_dec_SD = (jnp.repeat(jnp.stack(found), self.config.num_seeds, axis=0) for found in zip(*moments, strict=True))
-        return self.step_program.build(self._first_state, len(layers), (np.asarray(layers), np.asarray(seeds), scale_S, b_dec_SD))
+        return self.step_program.build(self._first_state, len(layers), (np.asarray(layers), np.asarray(seeds), scale_S, b_dec_SD, x_MND[:, :_SAMPLE]))
 
     def stream(self) -> ActivationSource:
         """Activations from the beginning; the buffer that `init` looked at is not made twice."""
@@ -151,14 +152,15 @@ class SAETraining:
         """Layer and seed of each SAE of the stack."""
         return ((layer, self.config.seed + number) for layer in self.layers for number in range(self.config.num_seeds))
 
-    def _first_state(self, place: Array, layers_S: Array, seeds_S: Array, scale_S: Array, b_dec_SD: Array) -> SAEState:
+    def _first_state(self, place: Array, layers_S: Array, seeds_S: Array, scale_S: Array, b_dec_SD: Array, sample_MND: Array) -> SAEState:
         key = jax.random.fold_in(jax.random.key(seeds_S[place]), layers_S[place])
-        b_dec_D = b_dec_SD[place]
-        directions = jax.random.normal(key, (self.config.num_features, b_dec_D.shape[0]), jnp.float32)
-        directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
+        scale, b_dec_D = scale_S[place], b_dec_SD[place]
+        W_dec = jax.random.normal(key, (self.config.num_features, b_dec_D.shape[0]), jnp.float32)
+        W_dec /= jnp.linalg.norm(W_dec, axis=1, keepdims=True)
+        W_enc = W_dec * first_encoder_norm(sample_MND[place // self.config.num_seeds].astype(jnp.float32) / scale - b_dec_D, W_dec, self.config.k)
         # The encoder is the tied one of x - b_dec, written in the released form, which sees x itself.
-        b_enc = -jnp.matmul(directions, b_dec_D, precision=jax.lax.Precision.HIGHEST)
-        return self.step_program.new_state(new_sae(directions, directions, b_enc, b_dec_D, self.config), scale_S[place])
+        b_enc = -jnp.matmul(W_enc, b_dec_D, precision=jax.lax.Precision.HIGHEST)
+        return self.step_program.new_state(new_sae(W_enc, W_dec, b_enc, b_dec_D, self.config), scale)
 
 
 class _Exports(Mapping[int, SAEArrays]):
@@ -176,6 +178,18 @@ class _Exports(Mapping[int, SAEArrays]):
 
     def __len__(self) -> int:
         return len(self._recipe.layers)
+
+
+def first_encoder_norm(x_ND: Float[Array, "N D"], directions_FD: Float[Array, "F D"], k: int) -> Float[Array, ""]:
+    """Norm of encoder rows along unit directions at which the k largest features of tokens rebuild them with the least squared error.
+
+    With rows of norm 1 the k directions nearest to a token resemble each other, and their sum is several times as long as it. OpenAI's
+    sparse_autoencoder divides the encoder by the mean norm of what it makes of random tokens, for the same reason.
+    """
+    values_NK, indices_NK = largest_features(x_ND, directions_FD, jnp.zeros((directions_FD.shape[0],)), k)
+    rebuilt_ND = combine_rows(jnp.maximum(values_NK, 0), indices_NK, directions_FD)
+    along, length = jnp.sum(x_ND * rebuilt_ND), jnp.sum(jnp.square(rebuilt_ND))
+    return jnp.where(along > 0, along / jnp.where(length > 0, length, 1), jnp.float32(1))
 
 
 def fold_scale(sae: SparseAutoencoder, scale: Float[Array, ""]) -> SparseAutoencoder:

@@ -91,6 +91,10 @@ class SAEConfig:
             return self.k
         return min(4 * self.k, self.num_features) if self.max_active is None else self.max_active
 
+    def aux_slots(self, d_model: int) -> int:
+        """Width of AuxK's code for streams `d_model` wide."""
+        return min(max(d_model // 2, 1) if self.aux_k is None else self.aux_k, self.num_features)
+
     def schedule(self) -> optax.Schedule:
         """Warm-up, plateau, linear decay to 0."""
         peak = 2e-4 / math.sqrt(self.num_features / 2**14) if self.learning_rate is None else self.learning_rate

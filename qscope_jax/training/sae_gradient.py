@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qscope_jax.parallel.shards import Shards
-from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.autoencoder import SparseAutoencoder, replace_params
 from qscope_jax.sae.selection import largest_features
 from qscope_jax.sae.sparse import combine_rows, dot_rows, scatter_rows, scatter_scalars
 from qscope_jax.sae.topk import batch_winners, shard_winners
@@ -298,13 +298,3 @@ def _quotient(error_ND: Array, spread: Array, shards: Shards) -> tuple[Array, Ar
     """Sum of squares of an error as a share of `spread`, and what the error is multiplied by for the gradient with respect to what was rebuilt."""
     share = jnp.where(spread > 0, 1 / jnp.where(spread > 0, spread, 1), jnp.float32(0))
     return shards.sum_tokens(jnp.sum(jnp.square(error_ND))) * share, -2 * share
-
-
-def replace_params(sae: SparseAutoencoder, changes: dict[str, Array]) -> SparseAutoencoder:
-    """A copy of an SAE with some parameters replaced."""
-
-    def swap(path: Any, leaf: Array) -> Array:
-        name = next((key.name for key in path if getattr(key, "name", None) in changes), None)
-        return leaf if name is None else changes[name]
-
-    return jax.tree_util.tree_map_with_path(swap, sae)

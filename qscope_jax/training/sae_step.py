@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int
 from qscope_jax.errors import ConfigError
 from qscope_jax.parallel.rules import replicated, stack_spec
 from qscope_jax.parallel.shards import Shards
-from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.autoencoder import SparseAutoencoder, replace_params
 from qscope_jax.training.sae_config import SAEConfig
-from qscope_jax.training.sae_gradient import loss_and_gradient, replace_params
+from qscope_jax.training.sae_gradient import loss_and_gradient
 
 _Tree = TypeVar("_Tree")
 _BATCH = PartitionSpec("fsdp", "data", None)
@@ -62,13 +62,13 @@ class SAEStep:
         Args:
             config: Size and training.
             aux_k: Slots of AuxK's code.
-            mesh: Where it runs; default one device.
+            mesh: Where it runs; without one, on JAX's first device.
 
         Raises:
             ConfigError: the mesh does not split the features evenly.
         """
         self.config, self.aux_k = config, aux_k
-        self.mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self.mesh = mesh
         self.optimizer = optax.adam(config.schedule())
         if self.mesh and config.num_features % self.mesh.shape["tensor"]:
             raise ConfigError(f"the mesh has tensor={self.mesh.shape['tensor']}, which does not divide num_features = {config.num_features}")
@@ -101,15 +101,6 @@ class SAEStep:
         average = jax.tree.map(jnp.zeros_like, sae) if self.config.ema else None
         return SAEState(sae, self.optimizer.init(sae), counters, scale, average)  # pyright: ignore[reportArgumentType]
 
-    def place(self, state: SAEState) -> SAEState:
-        """A stacked state, put where the mesh wants it."""
-        if not self.mesh:
-            return state
-        leaves, tree = jax.tree.flatten(state)
-        return jax.tree.unflatten(
-            tree, [jax.device_put(leaf, NamedSharding(self.mesh, spec)) for leaf, spec in zip(leaves, _specs(state), strict=True)]
-        )
-
     def build(self, make: Callable[..., SAEState], count: int, arguments: tuple[Any, ...]) -> SAEState:
         """A stack of `count` states, one made after the other where it lies: no device ever holds another's.
 
@@ -132,20 +123,23 @@ class SAEStep:
 
         described = jax.eval_shape(describe, np.int32(0), arguments)
         structure, specs = tree
-        leaves = _zeros([((count, *leaf.shape), leaf.dtype) for leaf in described], specs, self.mesh)
-        put = jax.jit(put, donate_argnums=0, out_shardings=[NamedSharding(self.mesh, spec) for spec in specs] if self.mesh else None)
+        leaves = _zeros([((count, *leaf.shape), leaf.dtype) for leaf in described], self._shardings(specs))
+        put = jax.jit(put, donate_argnums=0, out_shardings=self._shardings(specs))
         for place in range(count):
             leaves = put(leaves, np.int32(place), arguments)
         return jax.tree.unflatten(structure, leaves)
 
     def abstract_state(self, num_saes: int, d_model: int) -> SAEState:
         """Shapes, dtypes and shardings of a state of `num_saes` SAEs `d_model` wide."""
-        state = jax.eval_shape(lambda: self._any_state(num_saes, d_model))
-        if not self.mesh:
-            return state
-        leaves, tree = jax.tree.flatten(state)
-        shardings = [NamedSharding(self.mesh, spec) for spec in _specs(state)]
-        described = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in zip(leaves, shardings, strict=True)]
+        rows, zeros_F = jnp.zeros((self.config.num_features, d_model)), jnp.zeros((self.config.num_features,))
+
+        def states() -> SAEState:
+            sae = new_sae(rows, rows, zeros_F, jnp.zeros((d_model,)), self.config)
+            return jax.vmap(lambda _: self.new_state(sae, jnp.float32(1)))(jnp.zeros((num_saes,)))
+
+        leaves, tree = jax.tree.flatten(state := jax.eval_shape(states))
+        places = self._shardings(_specs(state)) or [None] * len(leaves)
+        described = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in zip(leaves, places, strict=True)]
         return jax.tree.unflatten(tree, described)
 
     def lower(self, num_saes: int, d_model: int, batch_tokens: int, dtype: Any = jnp.float32) -> jax.stages.Lowered:
@@ -212,12 +206,11 @@ class SAEStep:
         """Room for one SAE's gradients on each device."""
         leaves, tree = jax.tree.flatten(saes)
         groups = self.mesh.shape["fsdp"] if self.mesh else 1
-        shapes = [((groups, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
-        return jax.tree.unflatten(tree, _zeros(shapes, _specs(saes), self.mesh))
+        return jax.tree.unflatten(tree, _zeros([((groups, *leaf.shape[1:]), leaf.dtype) for leaf in leaves], self._shardings(_specs(saes))))
 
-    def _any_state(self, num_saes: int, d_model: int) -> SAEState:
-        sae = empty_sae(self.config, d_model)
-        return jax.vmap(lambda _: self.new_state(sae, jnp.float32(1)))(jnp.zeros((num_saes,)))
+    def _shardings(self, specs: list[PartitionSpec]) -> list[NamedSharding] | None:
+        """Where arrays of these specs lie; None without a mesh."""
+        return [NamedSharding(self.mesh, spec) for spec in specs] if self.mesh else None
 
 
 METRICS = ("fvu", "aux", "l0", "dead", "cut", "sparsity", "gradient_norm", "skipped")
@@ -296,12 +289,6 @@ def exported(state: SAEState, config: SAEConfig) -> SparseAutoencoder:
     return replace_params(sae, changes)
 
 
-def empty_sae(config: SAEConfig, d_model: int) -> SparseAutoencoder:
-    """An SAE of zeros, of the config's shape and variant."""
-    rows, zeros_F = jnp.zeros((config.num_features, d_model)), jnp.zeros((config.num_features,))
-    return new_sae(rows, rows, zeros_F, jnp.zeros((d_model,)), config)
-
-
 def new_sae(W_enc: Array, W_dec: Array, b_enc: Array, b_dec: Array, config: SAEConfig) -> SparseAutoencoder:
     """An SAE of the config's variant; thresholds of `batch_topk` begin at 0, which stands for none yet."""
     first = {"batch_topk": 0.0, "jumprelu": config.threshold_init}.get(config.activation)
@@ -336,9 +323,8 @@ def _count(optimizer_state: Any) -> Array:
     return optax.tree.get(optimizer_state[0], "count")
 
 
-def _zeros(shapes: list[tuple[tuple[int, ...], Any]], specs: list[PartitionSpec], mesh: Mesh | None) -> list[Array]:
+def _zeros(shapes: list[tuple[tuple[int, ...], Any]], shardings: list[NamedSharding] | None) -> list[Array]:
     """Zeros of shapes and dtypes, each made where it lies."""
-    shardings = [NamedSharding(mesh, spec) for spec in specs] if mesh else None
     return jax.jit(lambda: [jnp.zeros(shape, dtype) for shape, dtype in shapes], out_shardings=shardings)()
 
 

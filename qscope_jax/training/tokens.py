@@ -1,16 +1,14 @@
 """Token batches as the training loop wants them: endless, resumable, and in lanes that several processes can share."""
 
-import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from qscope_jax.data.batches import BatchConfig, TokenBatch, TokenBatchIterator, token_batches
 from qscope_jax.data.texts import Slice
 from qscope_jax.errors import ConfigError
+from qscope_jax.parallel.processes import from_all
 from qscope_jax.parallel.rules import batch_sharding
 from qscope_jax.training.checkpoint import StreamState
 
@@ -64,7 +62,8 @@ class TokenStream:
     def get_state(self) -> StreamState:
         """Place in the data, of all lanes; in a run of several processes each must ask."""
         states = {str(lane): iterator.get_state() for lane, iterator in self._iterators.items()}
-        return StreamState({}, {"lanes": self.lanes, "places": _of_all_processes(states)})
+        places = {lane: place for found in from_all(states) for lane, place in found.items()}
+        return StreamState({}, {"lanes": self.lanes, "places": places})
 
     def set_state(self, state: StreamState) -> None:
         """Go to a place in the data.
@@ -85,18 +84,3 @@ def _own_lanes(mesh: Mesh, shape: tuple[int, int], lanes: int) -> list[int]:
     rows, size = np.arange(shape[0]), shape[0] // lanes
     places = batch_sharding(mesh, 2).addressable_devices_indices_map(shape)
     return sorted({int(row) // size for index in places.values() if index for row in rows[index[0]]})
-
-
-def _of_all_processes(states: dict[str, Any]) -> dict[str, Any]:
-    """The states of every process together, on all of them."""
-    if jax.process_count() == 1:
-        return states
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(states).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(text.size))
-    padded = np.zeros(int(np.max(lengths)), np.uint8)
-    padded[: text.size] = text
-    everyone = multihost_utils.process_allgather(padded)
-    parts = [json.loads(bytes(row[: int(length)])) for row, length in zip(everyone, lengths, strict=True)]
-    return {lane: place for part in parts for lane, place in part.items()}

@@ -8,9 +8,9 @@ from qscope_jax.sae.autoencoder import SparseAutoencoder
 from qscope_jax.sae.metrics import evaluate_sae
 from qscope_jax.training.activations import ActivationConfig, ActivationStream, geometric_median, mean_squared_norm
 from qscope_jax.training.loop import LoopConfig, train
-from qscope_jax.training.sae import SAETraining, fold_scale
+from qscope_jax.training.sae import SAETraining, first_encoder_norm, fold_scale
 from qscope_jax.training.sae_config import SAEConfig
-from tests.training.dense_sae import PARAMETERS, unit
+from tests.training.dense_sae import PARAMETERS, largest, unit
 
 F, D, K = 40, 12, 4
 
@@ -33,6 +33,20 @@ def test_folding_the_scale_leaves_codes_and_reconstructions_in_raw_units(kind):
     np.testing.assert_allclose(raw.values, code.values * scale, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(folded.decode(raw), scaled.decode(code) * scale, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(folded.W_dec[...], scaled.W_dec[...])
+
+
+def test_the_encoders_first_norm_rebuilds_with_the_least_error():
+    rng = np.random.default_rng(0)
+    x, directions = (jnp.asarray(array, jnp.float32) for array in (rng.standard_normal((64, 12)), unit(rng.standard_normal((200, 12)))))
+    norm = float(first_encoder_norm(x, directions, 8))
+    code = largest(np.asarray(x, np.float64) @ np.asarray(directions, np.float64).T, 8)
+
+    def error(norm):
+        return np.sum((np.asarray(x, np.float64) - norm * code @ np.asarray(directions, np.float64)) ** 2)
+
+    assert 0 < norm < 0.5 and error(norm) < min(error(0.99 * norm), error(1.01 * norm)) < error(1.0)
+    assert first_encoder_norm(x, directions, 1) == pytest.approx(1, rel=1e-5)
+    assert first_encoder_norm(jnp.zeros((4, 12)), directions, 8) == 1
 
 
 # The recipe.
@@ -66,7 +80,7 @@ def settings(folder="", **changes) -> LoopConfig:
     return LoopConfig(**{"steps": 12, "log_every": 4, "checkpoint_every": 5, "progress": False, "run_dir": str(folder), **changes})
 
 
-def test_the_first_state_is_tied_of_unit_rows_and_centred_on_the_geometric_median(recipe):
+def test_the_first_state_has_unit_directions_an_encoder_along_them_and_the_geometric_median(recipe):
     training = recipe()
     states = training.init()
     first = training.activations().peek()
@@ -74,7 +88,8 @@ def test_the_first_state_is_tied_of_unit_rows_and_centred_on_the_geometric_media
         state = at(states, place)
         assert state.scale == pytest.approx(float(jnp.sqrt(mean_squared_norm(x))))
         np.testing.assert_allclose(np.linalg.norm(state.sae.W_dec[...], axis=1), 1, atol=1e-6)
-        np.testing.assert_array_equal(state.sae.W_enc[...], state.sae.W_dec[...])
+        norm = first_encoder_norm(x[:256] / state.scale - state.sae.b_dec[...], state.sae.W_dec[...], K)
+        np.testing.assert_allclose(state.sae.W_enc[...], norm * state.sae.W_dec[...], rtol=1e-4)
         np.testing.assert_allclose(state.sae.b_dec[...], geometric_median(x / state.scale), atol=1e-5)
         np.testing.assert_allclose(state.sae.pre_activations(state.sae.b_dec[...][None]), 0, atol=1e-5)
         assert not np.any(state.tokens_since_fired)

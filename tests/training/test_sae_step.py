@@ -9,10 +9,9 @@ import pytest
 
 from qscope_jax.errors import ConfigError
 from qscope_jax.parallel.mesh import make_mesh
-from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.autoencoder import SparseAutoencoder, replace_params
 from qscope_jax.sae.recovery import planted_directions, planted_streams, recovered
 from qscope_jax.training.sae_config import SAEConfig
-from qscope_jax.training.sae_gradient import replace_params
 from qscope_jax.training.sae_step import SAEState, SAEStep, compiled_step, exported, sae_step
 from tests.training.dense_sae import PARAMETERS, DenseSAE, largest, unit
 
@@ -41,7 +40,8 @@ def state_of(sae, optimizer, since=None, scale=1.0) -> SAEState:
 
 
 def stacked(step, states) -> SAEState:
-    return step.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return step.build(lambda place, together: jax.tree.map(lambda leaf: leaf[place], together), len(states), (together,))
 
 
 # An optimiser that changes nothing and keeps the gradient that it was given.
