@@ -5,22 +5,12 @@ import pytest
 
 from qscope_jax.models.cache import init_cache
 from qscope_jax.models.catalogue import model_size, published_sizes
-from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.decoder import Decoder
-from qscope_jax.models.published import PUBLISHED
-
-# Parameters as the model cards give them, in billions.
-CARDS = {"Qwen3-1.7B": 1.7, "Qwen3-8B": 8.2, "Qwen3-30B-A3B": 30.5, "Llama-3.1-8B": 8.0, "Gemma-2-2B": 2.6, "Gemma-2-9B": 9.2}
 
 
 @pytest.fixture(scope="module")
 def sizes():
     return published_sizes()
-
-
-def test_parameters_are_those_of_the_model_cards(sizes):
-    assert {name: round(sizes[name].parameters / 1e9, 1) for name in CARDS} == CARDS
-    assert sizes["Qwen3-1.7B"].parameters == 1_720_574_976 and sizes["Llama-3.1-8B"].parameters == 8_030_261_248
 
 
 def test_a_count_is_that_of_the_arrays(tiny_config):
@@ -46,9 +36,3 @@ def test_a_delta_net_has_a_state_that_does_not_grow(sizes):
     # 18 layers of 16 heads of 128 x 128 in float32, and 3 tokens of convolution over 6144 channels; keys and values in the 6 others.
     assert sizes["Qwen3.5-2B"].state_bytes == 18 * (16 * 128 * 128 * 4 + 3 * 6144 * 2)
     assert sizes["Qwen3.5-2B"].cache_bytes_per_token == 6 * 2 * 2 * 256 * 2
-
-
-def test_configs_that_are_read_are_read_whole():
-    config = ModelConfig.from_hf(PUBLISHED["Llama-3.1-8B"])
-    assert config.rope_scaling is not None and config.rope_scaling.factor == 8.0 and not config.tie_embeddings
-    assert ModelConfig.from_hf(PUBLISHED["Gemma-2-2B"]).tie_embeddings

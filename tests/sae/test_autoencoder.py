@@ -1,17 +1,9 @@
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from qscope_jax.parallel.mesh import make_mesh
-from qscope_jax.parallel.rules import shard_tree
-from qscope_jax.sae import selection
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode, densify
-from qscope_jax.sae.layer_sae import LayerSAE
-from qscope_jax.sae.selection import largest_over_shards
 
 N, F, D, K = 16, 96, 24, 6
 
@@ -193,18 +185,6 @@ def test_an_sae_is_a_pytree_of_its_parameters_alone():
     assert structure != jax.tree.structure(build(a, k=K + 1))
 
 
-@pytest.mark.parametrize("tokens", [511, 512, 700])
-def test_tokens_encoded_in_chunks_have_the_codes_of_all_at_once(tokens, monkeypatch):
-    rng = np.random.default_rng(0)
-    W, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8192, 4), (tokens, 4)))
-    sae = SparseAutoencoder(W, W, jnp.zeros((8192,)), jnp.zeros((4,)), k=3)
-    got = jax.jit(lambda x: sae.encode(x))(x)
-    monkeypatch.setattr(selection, "_CHUNK", 10_000)
-    whole = jax.jit(lambda x: sae.encode(x))(x)
-    np.testing.assert_array_equal(got.indices, whole.indices)
-    np.testing.assert_allclose(got.values, whole.values, rtol=1e-6)
-
-
 def test_a_code_keeps_to_the_features_and_slots_it_is_allowed():
     a = random_numbers()
     sae, x = build(a), jnp.asarray(a["x"])
@@ -213,29 +193,3 @@ def test_a_code_keeps_to_the_features_and_slots_it_is_allowed():
     z = np.where(np.asarray(allowed), sae.pre_activations(x), -np.inf)
     assert code.values.shape == (len(x), 4)
     np.testing.assert_array_equal(code.indices, np.argsort(-z, axis=1, kind="stable")[:, :4])
-
-
-@pytest.mark.parametrize("axes", ["tensor=2", "tensor=8", "data=2,tensor=4"])
-@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
-def test_features_over_shards_give_the_codes_of_one_device_ties_included(axes, activation):
-    rng = np.random.default_rng(0)
-    W = rng.integers(-2, 3, (64, 6)).astype(np.float32)  # small integers: many equal pre-activations, also on different shards
-    threshold = jnp.full((64,), 3, jnp.float32) if activation == "jumprelu" else None
-    arrays = [jnp.asarray(W), jnp.asarray(W), jnp.zeros((64,), jnp.float32), jnp.zeros((6,), jnp.float32)]
-    sae = SparseAutoencoder(*arrays, k=12, activation=activation, threshold=threshold)
-    x = jnp.asarray(rng.integers(-2, 3, (32, 6)), jnp.float32)
-    expected = LayerSAE(sae, 0).encode(x)
-    code = LayerSAE(shard_tree(sae, make_mesh(axes)), 0).encode(x)
-    np.testing.assert_array_equal(code.values, expected.values)
-    np.testing.assert_array_equal(np.where(code.values > 0, code.indices, -1), np.where(expected.values > 0, expected.indices, -1))
-
-
-def test_encoding_over_shards_gathers_candidates_alone(abstract_arrays):
-    mesh = make_mesh("tensor=8")
-    rows = jax.ShapeDtypeStruct((4096, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("tensor", None)))
-    bias = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("tensor")))
-    x = jax.ShapeDtypeStruct((128, 32), jnp.float32)
-    with abstract_arrays(), jax.set_mesh(mesh):
-        text = jax.jit(lambda x, W, b: largest_over_shards(x, W, b, 8)).lower(x, rows, bias).compile().as_text()
-    gathered = [np.prod([int(n) for n in sizes.split(",")]) for sizes in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)]
-    assert gathered and max(gathered) <= 128 * 8 * 8
