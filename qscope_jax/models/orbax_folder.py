@@ -45,6 +45,7 @@ from qscope_jax.parallel.rules import parameter_sharding
 
 WEIGHTS = "weights"
 _GROUP_BYTES = 400_000_000
+_COLLECT_BYTES = 256_000_000
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _Sized = TypeVar("_Sized", bound=Any)
 
@@ -130,10 +131,16 @@ def load_orbax(source: Source, config: ModelConfig, mesh: Mesh, *, keep_dtypes: 
         sharding = parameter_sharding(parameter_path(path)[-1], leaf.shape, mesh)
         slots |= {name: _Slot(number, place.index(i), leaf.shape, place.disk_shape, dtype, sharding) for i, name in enumerate(place.names)}
     arrays: dict[int, jax.Array] = {}
+    uncollected = 0
     # Reading takes a few times the tensor's size for a moment: the largest come first, while there is little else.
     for group, names in sorted(_by_group(entries).items(), key=lambda item: -max(entries[name].nbytes for name in item[1])):
         if not slots.keys().isdisjoint(names):
             _load_group(group, [entries[name] for name in names], slots, arrays)
+            uncollected += sum(entries[name].nbytes for name in names)
+        if uncollected >= _COLLECT_BYTES:
+            # Orbax's finished tasks refer to each other, and to what they have read. Not after every group: it takes up to a second.
+            gc.collect()
+            uncollected = 0
     return jax.tree_util.tree_unflatten(tree, [arrays[number] for number in range(len(leaves))])
 
 
@@ -244,7 +251,6 @@ def _load_group(group: Path, entries: Sequence[OrbaxEntry], slots: Mapping[str, 
             stack = arrays.pop(slot.number) if slot.number in arrays else jnp.zeros(slot.shape, slot.dtype, device=slot.sharding)
             array = _insert(stack, part, np.array(slot.index, np.int32))
         arrays[slot.number] = jax.device_put(array, slot.sharding)
-    gc.collect()  # Orbax's finished tasks refer to each other, and to what they have read
 
 
 @partial(jax.jit, donate_argnums=0)
