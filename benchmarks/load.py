@@ -3,7 +3,7 @@
     python -m benchmarks.load [--folder DIR]
 
 Targets: peak memory at most the folder's size plus 1 GB; time at most 1.5 times reading the files. Each measurement is a process of its
-own; the files are in the page cache for both (one is read first to make sure).
+own; the files are in the page cache for both (one is read first to make sure). The same model as an Orbax folder stands beside it.
 """
 
 import argparse
@@ -50,10 +50,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.folder or make_folder(Path(scratch) / "model", QWEN3_1_7B))
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
-        runs: dict[str, list[tuple[float, float]]] = {"read": [], "load": []}
+        orbax = Path(scratch) / "orbax"
+        subprocess.run([sys.executable, "-m", "converters.convert_qwen", str(folder), str(orbax), "--to", "orbax"], capture_output=True, check=True)
+        runs: dict[str, list[tuple[float, float]]] = {"read": [], "load": [], "orbax": []}
         for round_ in range(arguments.rounds + 1):
-            for name, code in (("read", _READ), ("load", _LOAD)):
-                out = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True).stdout.split()
+            for name, code, source in (("read", _READ, folder), ("load", _LOAD, folder), ("orbax", _LOAD, orbax)):
+                out = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=True).stdout.split()
                 if round_:
                     runs[name].append((float(out[0]), float(out[1])))
         ratio = statistics.median(load[0] / read[0] for load, read in zip(runs["load"], runs["read"], strict=True))
@@ -64,6 +66,8 @@ def main() -> None:
         )
         print(f"load / read: median {ratio:.2f}; target at most 1.5")
         print(f"peak memory of the loading process {peak:.2f} GiB, {peak - size:.2f} GiB above the folder's size; target at most 1 above")
+        seconds, peaks = zip(*runs["orbax"], strict=True)
+        print(f"from an Orbax folder: load {statistics.median(seconds):.2f} s, peak memory {max(peaks):.2f} GiB")
 
 
 def make_folder(folder: Path, hf_config: dict[str, Any]) -> Path:
