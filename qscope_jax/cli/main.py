@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TextIO
+from typing import Any, TextIO
 
 from qscope_jax import __version__
 from qscope_jax.errors import ConfigError, QscopeError
@@ -54,23 +54,38 @@ def _run(arguments: list[str]) -> None:
         from qscope_jax.cli.options import help_text, parse
 
         module = import_module(f"qscope_jax.cli.{verb.replace('-', '_')}")
-        if "-h" in arguments or "--help" in arguments:
-            print(help_text(verb, module.Config))
+        rest, config, run = arguments[1:], getattr(module, "Config", None), getattr(module, "run", None)
+        actions = getattr(module, "ACTIONS", None)
+        if actions:
+            if not rest or rest[0] in ("-h", "--help"):
+                print(_actions_help(verb, actions))
+                return
+            if rest[0] not in actions:
+                raise ConfigError(f"unknown action {rest[0]!r}; qscope {verb} has {', '.join(actions)}")
+            verb, (config, run), rest = f"{verb} {rest[0]}", actions[rest[0]], rest[1:]
+        assert config is not None and run is not None
+        if "-h" in rest or "--help" in rest:
+            print(help_text(verb, config))
         else:
-            module.run(parse(verb, module.Config, arguments[1:]))
+            run(parse(verb, config, rest))
 
 
 def _help() -> str:
     """What `qscope --help` prints; it fits a terminal of 24 lines and 80 columns."""
     verbs = "\n".join(f"  {name:<17} {sentence}" for name, sentence in VERBS.items())
     return (
-        "usage: qscope VERB [OPTIONS]\n\nRead, steer and train on the features of Qwen models.\n\n"
+        "usage: qscope VERB [OPTIONS]    (start with: qscope demo)\n\n"
         f"verbs:\n{verbs}\n\n"
-        'Start with:  qscope demo\n             qscope generate "My grandmother made tea"\n\n'
         "Models and SAEs are folders or hub ids; `tiny` is the embedded pair.\n"
         "qscope VERB --help lists a verb's options, which --config FILE.yaml can set too.\n"
         "qscope --version prints the version."
     )
+
+
+def _actions_help(verb: str, actions: dict[str, tuple[type, Any]]) -> str:
+    """What `qscope VERB --help` prints for a verb that has actions, each with options of its own."""
+    lines = "\n".join(f"  {name:<17} {(config.__doc__ or '').splitlines()[0]}" for name, (config, _) in actions.items())
+    return f"usage: qscope {verb} ACTION [OPTIONS]\n\nactions:\n{lines}\n\nqscope {verb} ACTION --help lists an action's options."
 
 
 def _prepare() -> None:

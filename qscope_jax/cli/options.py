@@ -37,6 +37,12 @@ def positional(default: Any = MISSING) -> Any:
     return field(default=default, metadata={_POSITIONAL: True})
 
 
+def same_named(settings: Any, config: Any) -> dict[str, Any]:
+    """The options of a verb that a dataclass of the library has too, under the same names."""
+    names = {item.name for item in dataclasses.fields(config)}
+    return {item.name: getattr(config, item.name) for item in dataclasses.fields(settings) if item.name in names}
+
+
 def parse(verb: str, config: type[T], arguments: Sequence[str]) -> T:
     """Fill a verb's dataclass.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from qscope_jax.cli.options import Integers, check_at_least
+from qscope_jax.cli.options import Integers, check_at_least, same_named
 from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import cut_texts, open_model
 from qscope_jax.cli.training_data import TrainingTextOptions, split_documents, tokenize_documents
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 _HELD_OUT = 256
 _MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh", "keep_best",
                "keep_best_mode", "tensorboard", "wandb", "distributed"}  # fmt: skip
-_LOOP = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "keep_best_mode", "resume", "progress",
-         "tensorboard", "wandb")  # fmt: skip
 _METRICS = {"fvu": "FVU", "fvu_all": "FVU, all tokens", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
 
 
@@ -120,16 +118,14 @@ class Config(TrainingTextOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Train; returns the last held-out metrics of each layer and where the SAEs are."""
-    from qscope_jax.parallel.processes import from_first, is_first
+    from qscope_jax.parallel.processes import from_first, is_first, join_processes
     from qscope_jax.training.loop import LoopConfig, best_state, train
 
     if config.distributed:
-        from qscope_jax.parallel.processes import join_processes
-
         join_processes()
     out = Path(config.out).expanduser()
     from_first(lambda: _check(config, out))
-    loop = LoopConfig(run_dir=str(out), **{name: getattr(config, name) for name in _LOOP})
+    loop = LoopConfig(run_dir=str(out), **same_named(LoopConfig, config))
     model = open_model(config.model, config.dtype, config.mesh)
     recipe = _recipe(model, config)
     from_first(lambda: _write_config(out / "config.yaml", config))
@@ -162,7 +158,7 @@ def sae_config(config: Config, d_model: int) -> "SAEConfig":
     """Size and training of the SAEs, for streams `d_model` wide: the options of the same names."""
     from qscope_jax.training.sae_config import SAEConfig
 
-    given = {item.name: getattr(config, item.name) for item in dataclasses.fields(SAEConfig) if hasattr(config, item.name)}
+    given = same_named(SAEConfig, config)
     return SAEConfig(**{**given, "num_features": 16 * d_model if config.num_features is None else config.num_features})
 
 
@@ -204,10 +200,7 @@ def _on_the_fly(model: "LanguageModel", texts: Sequence[str], config: Config) ->
     from qscope_jax.training.tokens import TokenStream
 
     layers = tuple(range(model.config.num_layers)) if config.layers is None else config.layers
-    settings = ActivationConfig(
-        layers, batch_tokens=config.batch_tokens, buffer_batches=config.buffer_batches, max_norm_multiple=config.max_norm_multiple,
-        drop_first=not config.keep_first, lanes=config.lanes, seed=config.seed,
-    )  # fmt: skip
+    settings = ActivationConfig(**{**same_named(ActivationConfig, config), "layers": layers, "drop_first": not config.keep_first})
 
     def activations() -> ActivationStream:
         rows = BatchConfig(config.model_batch, config.sequence_length, seed=config.seed)

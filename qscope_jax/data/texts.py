@@ -184,14 +184,16 @@ def _file_texts(path: Path, column: str, limit: int | None) -> _Documents:
     return texts
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
+    """A line of a file: its number, from 1, the bytes it spans, and its text."""
+
     number: int
     start: int
     end: int
     text: str
 
 
-def _lines(path: Path) -> Iterator[_Line]:
+def text_lines(path: Path) -> Iterator[Line]:
     """Lines of a UTF-8 file with their byte offsets, line ends included; a byte order mark is left out."""
     end = 0
     with open(path, "rb") as file:
@@ -200,7 +202,7 @@ def _lines(path: Path) -> Iterator[_Line]:
             if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                 start, raw = 3, raw[3:]
             try:
-                yield _Line(number, start, end, raw.decode("utf-8"))
+                yield Line(number, start, end, raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise SourceError(f"{path} line {number}: is not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file to UTF-8") from error
 
@@ -209,7 +211,7 @@ def _plain_texts(path: Path, column: str, limit: int | None) -> _Documents:
     del column  # a text file has none
     offsets = array("q")
     inside = False
-    for line in _lines(path):
+    for line in text_lines(path):
         if line.text.strip():
             if inside:
                 offsets[-1] = line.end
@@ -229,7 +231,7 @@ def _joined_lines(raw: bytes) -> str:
 
 def _json_texts(path: Path, column: str, limit: int | None) -> _Documents:
     offsets = array("q")
-    for line in _lines(path):
+    for line in text_lines(path):
         if not line.text.strip():
             continue
         # Every line is parsed now, so that a damaged one is met here and not hours into a run.
@@ -241,14 +243,8 @@ def _json_texts(path: Path, column: str, limit: int | None) -> _Documents:
 
 
 def _json_text(line: str | bytes, column: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise SourceError(f"{where}: is not JSON ({reason}); expected one JSON object a line") from error
-    if not isinstance(row, dict):
-        raise SourceError(f"{where}: holds a JSON {type(row).__name__}; expected one JSON object a line")
-    _check_column(where, column, list(row))
+    row = json_row(line, where)
+    check_column(where, column, list(row))
     text = row[column]
     if text is None:
         return ""
@@ -261,6 +257,22 @@ def _json_text(line: str | bytes, column: str, where: str) -> str:
     return text
 
 
+def json_row(line: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        SourceError: the line is not JSON, or holds something else; `where` it stands is named.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise SourceError(f"{where}: is not JSON ({reason}); expected one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise SourceError(f"{where}: holds a JSON {type(row).__name__}; expected one JSON object a line")
+    return row
+
+
 def _parquet_texts(path: Path, column: str, limit: int | None) -> _Documents:
     import pyarrow
     import pyarrow.parquet
@@ -269,12 +281,12 @@ def _parquet_texts(path: Path, column: str, limit: int | None) -> _Documents:
 
     try:
         footer = pyarrow.parquet.read_metadata(path)
-        _check_column(str(path), column, footer.schema.to_arrow_schema().names)
+        check_column(str(path), column, footer.schema.to_arrow_schema().names)
         if not footer.num_rows:
             return []
         dataset = Dataset.from_parquet(str(path), columns=[column])
     except (pyarrow.ArrowException, DatasetsError) as error:
-        raise SourceError(f"{path}: is not a complete Parquet file ({_first_line(error)}); get it again") from error
+        raise SourceError(f"{path}: is not a complete Parquet file ({first_line(error)}); get it again") from error
     return _dataset_texts(str(path), dataset, column, limit)
 
 
@@ -293,18 +305,18 @@ def _hub_texts(name: str, column: str, split: str, limit: int | None) -> _Docume
     repository, _, configuration = name.partition(":")
     # The cache of an offline machine can be loaded, but not streamed.
     streaming = limit is not None and not datasets.config.HF_HUB_OFFLINE
-    with _hub_errors(name, split):
+    with hub_errors(name, split):
         dataset = datasets.load_dataset(repository, configuration or None, split=split, streaming=streaming)
     if not streaming:
         return _dataset_texts(name, dataset, column, limit)
     if dataset.column_names is not None:
-        _check_column(name, column, dataset.column_names)
+        check_column(name, column, dataset.column_names)
         dataset = dataset.select_columns([column])
-    with _hub_errors(name, split):
+    with hub_errors(name, split):
         rows = list(itertools.islice(dataset, limit))
     if not rows:
         raise SourceError(f"{name}: split {split} has no rows; choose another split")
-    _check_column(name, column, list(rows[0]))
+    check_column(name, column, list(rows[0]))
     texts = ["" if row[column] is None else row[column] for row in rows]
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
@@ -313,16 +325,17 @@ def _hub_texts(name: str, column: str, split: str, limit: int | None) -> _Docume
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str, split: str) -> Iterator[None]:
+def hub_errors(name: str, split: str) -> Iterator[None]:
+    """Whatever goes wrong while a hub dataset is loaded, as a `SourceError`."""
     try:
         yield
     except Exception as error:  # the hub, its HTTP library and the file formats all have errors of their own
-        reason = _first_line(error)
+        reason = first_line(error)
         raise SourceError(f"{name}: no such file or folder, and split {split} cannot be loaded from the hub ({reason}); check the name") from error
 
 
 def _dataset_texts(name: str, dataset: Any, column: str, limit: int | None) -> _Documents:
-    _check_column(name, column, dataset.column_names)
+    check_column(name, column, dataset.column_names)
     kind = getattr(dataset.features[column], "dtype", "nested value")
     if kind not in ("string", "large_string"):
         raise InputError(f"{name}: column {column} holds {kind}, expected text; choose another column")
@@ -331,10 +344,16 @@ def _dataset_texts(name: str, dataset: Any, column: str, limit: int | None) -> _
     return _ColumnTexts(name, dataset, column)
 
 
-def _check_column(where: str, column: str, there: Sequence[str]) -> None:
+def check_column(where: str, column: str, there: Sequence[str]) -> None:
+    """Check that a column is there.
+
+    Raises:
+        InputError: it is not; those that are there are named.
+    """
     if column not in there:
         raise InputError(f"{where}: has no column {column!r}; the columns there are {', '.join(map(repr, there)) or 'none'}")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, or its kind where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -8,6 +8,7 @@ its share of every batch; so on a mesh a lane stays on its shard of `data`, noth
 what is served depends on the number of lanes, not on that of devices or processes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -122,6 +123,11 @@ class ActivationStream:
             self._refill()
         assert self._buffer is not None
         return _flatten_lanes(self._buffer[:, :, self._served : self.capacity])
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Tokens that the model read, those of them that are not served, and those of these whose stream was not finite."""
+        return {"seen_tokens": self.seen_tokens, "dropped_tokens": self.dropped_tokens, "damaged_tokens": self.damaged_tokens}
 
     def get_state(self) -> StreamState:
         """Buffer, place in it, and place in the data."""

@@ -7,7 +7,7 @@ not on layers, devices or processes, and any batch of it can be read without tho
 
 import hashlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -104,6 +104,11 @@ class CachedActivations:
         left = self.cache.tokens - start % self.cache.tokens
         batches = min(self.buffer_batches, max(left // self.batch_tokens, 1))
         return self._reader.at(start, batches * self.batch_tokens)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Nothing: what was left out was so when the cache was written, and its manifest says how much."""
+        return {}
 
     def get_state(self) -> StreamState:
         """The place: a few numbers."""

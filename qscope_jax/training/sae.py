@@ -38,6 +38,11 @@ class ActivationSource(Stream, Protocol):
         """Many tokens, for statistics."""
         ...
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Tokens read and left out so far, for the metrics."""
+        ...
+
 
 class SAETraining:
     """Recipe: SAEs for several layers, and several seeds, at once."""
@@ -71,6 +76,7 @@ class SAETraining:
         self.model, self.layers, self.activations, self.config, self.held_out = model, tuple(layers), activations, config, held_out
         self.step_program = compiled_step(config, config.aux_slots(model.config.d_model), model.mesh if model.mesh.size > 1 else None)
         self._first: ActivationSource | None = None
+        self._stream: ActivationSource | None = None
 
     def init(self) -> SAEState:
         """One state a layer and seed, stacked: unit random directions, an encoder along them, b_dec at the geometric median of the first buffer."""
@@ -83,13 +89,16 @@ class SAETraining:
 
     def stream(self) -> ActivationSource:
         """Activations from the beginning; the buffer that `init` looked at is not made twice."""
-        stream, self._first = self._first or self.activations(), None
-        return stream
+        self._stream, self._first = self._first or self.activations(), None
+        return self._stream
 
     def step(self, state: SAEState, batch: Float[Array, "M N D"]) -> tuple[SAEState, Mapping[str, Any]]:
-        """One step of every SAE; each is what it would be alone. Metrics are lists over layers (and seeds), `loss` their mean."""
+        """One step of every SAE; each is what it would be alone.
+
+        Metrics are lists over layers (and seeds), `loss` their mean, and the counts of the stream that was begun last.
+        """
         state, metrics = self.step_program(state, batch)
-        return state, {"loss": jnp.mean(metrics["fvu"]), **metrics}
+        return state, {"loss": jnp.mean(metrics["fvu"]), **metrics, **(self._stream.counts if self._stream else {})}
 
     def units(self, batch: Float[Array, "M N D"]) -> int:
         """Tokens of a batch."""

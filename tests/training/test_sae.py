@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +169,17 @@ def test_metrics_are_lists_over_layers_and_the_loss_their_mean(recipe):
     _, metrics = training.step(states, batch)
     assert metrics["fvu"].shape == (2,) and metrics["loss"] == pytest.approx(float(np.mean(metrics["fvu"])))
     assert training.units(batch) == 32
+
+
+def test_metrics_tell_what_the_stream_left_out(recipe, tmp_path):
+    training = recipe()
+    train(training, settings(tmp_path / "run"))
+    stream = training.activations()
+    for _ in range(12):
+        next(stream)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {name: lines[-1][name] for name in stream.counts} == stream.counts
+    assert lines[-1]["dropped_tokens"] > 0 == lines[-1]["damaged_tokens"]
 
 
 def test_a_layer_the_model_lacks_is_refused(recipe):

@@ -3,6 +3,8 @@ import pytest
 
 from qscope_jax.data.batches import BatchConfig
 from qscope_jax.errors import ConfigError, InputError
+from qscope_jax.parallel.mesh import make_mesh
+from qscope_jax.training import tokens
 from qscope_jax.training.checkpoint import StreamState
 from qscope_jax.training.tokens import TokenStream
 
@@ -61,3 +63,23 @@ def test_lanes_that_do_not_fit_are_refused(documents):
     state = TokenStream(documents(60), codes, BatchConfig(6, 24), lanes=2).get_state()
     with pytest.raises(ConfigError, match="data state has 2 lanes, this run 3"):
         TokenStream(documents(60), codes, BatchConfig(6, 24), lanes=3).set_state(state)
+
+
+def test_a_process_reads_the_documents_of_its_own_lanes_alone(documents, monkeypatch):
+    class Elsewhere:
+        """Rows 2 to 5 of 6 are on this process's devices: lanes 1 and 2 of 3."""
+
+        def addressable_devices_indices_map(self, shape):
+            return {"one": (slice(2, 4), slice(None)), "other": (slice(4, None), slice(None))}
+
+    monkeypatch.setattr(tokens, "batch_sharding", lambda mesh, ndim: Elsewhere())
+    read, texts = set(), documents(60)
+
+    def note(text) -> list[int]:
+        read.add(text)
+        return codes(text)
+
+    stream = TokenStream(texts, note, BatchConfig(6, 24), lanes=3, mesh=make_mesh())
+    batch, whole = next(stream), next(TokenStream(texts, codes, BatchConfig(6, 24), lanes=3))
+    np.testing.assert_array_equal(batch.tokens_BT[2:], whole.tokens_BT[2:])
+    assert not batch.segment_ids_BT[:2].any() and read and not read & (set(texts[::3]) - set(texts[1::3]) - set(texts[2::3]))

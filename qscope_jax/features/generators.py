@@ -1,0 +1,38 @@
+"""Whoever answers a conversation: the local model, steered or not, or an endpoint on the network; what asks does not care which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in the terms of the chat protocol."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, or why there is none.
+
+    Attributes:
+        text: The answer; empty where there is none.
+        error: Why there is none, in one line; empty where there is one.
+    """
+
+    text: str
+    error: str = ""
+
+
+class Generator(Protocol):
+    """Answers conversations. One that fails gets a `Reply` with its error; the others are answered all the same."""
+
+    @property
+    def name(self) -> str:
+        """What answers, for records."""
+        ...
+
+    def __call__(self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> list[Reply]:
+        """A reply to each conversation, in order."""
+        ...
