@@ -1,14 +1,13 @@
 """`qscope cache-activations`: write residual streams to disk, for training on them."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qscope_jax.cli.options import Integers, check_at_least
+from qscope_jax.cli.progress import token_progress
 from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import open_model
 from qscope_jax.cli.training_data import TrainingTextOptions, split_documents, tokenize_documents
@@ -63,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
         shard_tokens=config.shard_tokens, dtype=config.disk_dtype, max_norm_multiple=config.max_norm_multiple, drop_first=not config.keep_first,
     )  # fmt: skip
     tokens, began = _tokens(model, texts, config), []
-    with _progress(config) as advance:
+    with token_progress("caching", config.max_tokens, config.progress) as advance:
 
         def report(kept: int) -> None:
             if not began:
@@ -94,24 +93,6 @@ def _described(config: Config) -> dict[str, Any]:
 def _announcement(token_bytes: int, max_tokens: int | None, resumed: int) -> str:
     known = f"{max_tokens:,} tokens take {max_tokens * token_bytes / 1e9:,.2f} GB on disk, " if max_tokens else "A token takes "
     return f"{known}{token_bytes:,} bytes{' each' if max_tokens else ' on disk'}" + (f"; {resumed:,} tokens are there already." if resumed else ".")
-
-
-@contextmanager
-def _progress(config: Config) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("caching"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TextColumn("{task.fields[rate]}"),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    disabled = not (config.progress and sys.stderr.isatty())
-    with Progress(*columns, console=Console(stderr=True), disable=disabled, transient=True) as bar:
-        task = bar.add_task("", total=config.max_tokens, rate="")
-
-        def advance(kept: int) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=kept, rate=f"{speed:,.0f} tokens/s" if speed else "")
-
-        yield advance
 
 
 def _show(cache: "ActivationCache", resumed: int, seconds: float) -> dict[str, Any]:

@@ -99,11 +99,11 @@ def open_sae(name: str, layer: int, model: "LanguageModel") -> "LayerSAE":
     return sae
 
 
-def sae_groups(saes: "SAECollection", layers: Integers | None, model: "LanguageModel") -> "Iterator[list[LayerSAE]]":
-    """The SAEs of the layers asked for (None: all that the source has), a few at a time.
+def check_layers(saes: "SAECollection", layers: Integers | None, model: "LanguageModel") -> list[int]:
+    """The layers asked for (None: all that the source has), if the model and the source have them.
 
     Raises:
-        InputError: a layer that the source or the model lacks, or one given twice.
+        InputError: one of them has not, or a layer is given twice.
     """
     wanted = saes.layers if layers is None else list(layers)
     if len(set(wanted)) != len(wanted) or not wanted:
@@ -112,6 +112,12 @@ def sae_groups(saes: "SAECollection", layers: Integers | None, model: "LanguageM
         model.check_layer(layer)
     if missing := sorted(set(wanted) - set(saes.layers)):
         raise InputError(f"{saes.source}: has no SAE for layer {missing[0]}; it has layers {', '.join(map(str, saes.layers))}")
+    return wanted
+
+
+def sae_groups(saes: "SAECollection", layers: Integers | None, model: "LanguageModel") -> "Iterator[list[LayerSAE]]":
+    """The SAEs of the layers asked for, see `check_layers`, a few at a time."""
+    wanted = check_layers(saes, layers, model)
     for start in range(0, len(wanted), LAYERS_AT_ONCE):
         yield [saes[layer] for layer in wanted[start : start + LAYERS_AT_ONCE]]
 

@@ -2,7 +2,7 @@
 
 import csv
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,16 +70,29 @@ class Table:
 
 
 def load_table(source: str | Path, *, split: str = "train", limit: int | None = None) -> Table:
-    """Read rows.
+    """Read rows into memory; see `stream_rows`.
+
+    Raises:
+        SourceError: there is no such source, or it is empty, damaged, or of another kind.
+        InputError: `limit` is below 1.
+    """
+    found = list(stream_rows(source, split=split, limit=limit))
+    if not found:
+        raise SourceError(f"{source}: holds no rows; check the source")
+    return Table(str(source), tuple(row for _, row in found), tuple(place for place, _ in found))
+
+
+def stream_rows(source: str | Path, *, split: str = "train", limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows in order, each with the place where it stands (`line 3`, `row 3`), read as they are asked for.
 
     Args:
         source: A `.jsonl` or `.json` file (one JSON object a line), a `.parquet` or `.csv` file, or a dataset on the hub: `owner/name`, or
             `owner/name:configuration`.
         split: Split of a hub dataset.
-        limit: Read at most this many rows. A hub dataset is then streamed instead of downloaded, unless the hub is offline.
+        limit: At most this many rows. A hub dataset is then streamed instead of downloaded, unless the hub is offline.
 
     Raises:
-        SourceError: there is no such source, or it is empty, damaged, or of another kind.
+        SourceError: there is no such source, or it is damaged or of another kind.
         InputError: `limit` is below 1.
     """
     if limit is not None and limit < 1:
@@ -88,53 +101,42 @@ def load_table(source: str | Path, *, split: str = "train", limit: int | None = 
     kind = path.suffix.lower()
     if path.is_dir() or (path.exists() and kind not in _READERS):
         raise SourceError(f"{source}: is no table; give a file of {', '.join(_READERS)} with named columns, or a hub dataset")
-    if path.exists():
-        table = _READERS[kind](path, limit)
-    elif kind in _READERS:
+    if not path.exists() and kind in _READERS:
         raise SourceError(f"{source}: no such file")
-    else:
-        table = _hub_rows(str(source), split, limit)
-    if not len(table):
-        raise SourceError(f"{source}: holds no rows; check the source")
-    return table
+    if path.exists():
+        return itertools.islice(_READERS[kind](path), limit)
+    return _hub_rows(str(source), split, limit)
 
 
-def _json_rows(path: Path, limit: int | None) -> Table:
-    lines = itertools.islice((line for line in text_lines(path) if line.text.strip()), limit)
-    found = [(json_row(line.text, f"{path} line {line.number}"), f"line {line.number}") for line in lines]
-    return Table(str(path), tuple(row for row, _ in found), tuple(place for _, place in found))
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in text_lines(path):
+        if line.text.strip():
+            yield f"line {line.number}", json_row(line.text, f"{path} line {line.number}")
 
 
-def _parquet_rows(path: Path, limit: int | None) -> Table:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
-    rows: list[dict[str, Any]] = []
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                rows += batch.to_pylist()
-                if limit is not None and len(rows) >= limit:
-                    break
+            yield from _numbered(row for batch in file.iter_batches() for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(f"{path}: is not a complete Parquet file ({first_line(error)}); get it again") from error
-    return _numbered(str(path), rows[:limit])
 
 
-def _csv_rows(path: Path, limit: int | None) -> Table:
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(itertools.islice(reader, limit))
+            for place, row in _numbered(csv.DictReader(file, strict=True)):
+                if None in row or None in row.values():
+                    raise SourceError(f"{path} {place}: has another number of cells than the line of column names; mend it")
+                yield place, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: is not CSV in UTF-8 with a line of column names ({error}); mend it") from error
-    if any(None in row or None in row.values() for row in rows):
-        number = next(i for i, row in enumerate(rows) if None in row or None in row.values())
-        raise SourceError(f"{path} row {number}: has another number of cells than the line of column names; mend it")
-    return _numbered(str(path), rows)
 
 
-def _hub_rows(name: str, split: str, limit: int | None) -> Table:
+def _hub_rows(name: str, split: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
     import datasets.config
 
@@ -142,12 +144,11 @@ def _hub_rows(name: str, split: str, limit: int | None) -> Table:
     streaming = limit is not None and not datasets.config.HF_HUB_OFFLINE
     with hub_errors(name, split):
         dataset = datasets.load_dataset(repository, configuration or None, split=split, streaming=streaming)
-        rows = [dict(row) for row in itertools.islice(iter(dataset), limit)]
-    return _numbered(name, rows)
+        yield from _numbered(dict(row) for row in itertools.islice(iter(dataset), limit))
 
 
-def _numbered(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    return Table(name, tuple(rows), tuple(f"row {index}" for index in range(len(rows))))
+def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((f"row {index}", row) for index, row in enumerate(rows))
 
 
 def _class(value: Any, where: str, column: str) -> str:
@@ -157,7 +158,7 @@ def _class(value: Any, where: str, column: str) -> str:
     raise InputError(f"{where}: column {column} holds {kind}, expected a class (text, a whole number or a boolean); mend or remove the row")
 
 
-_READERS: dict[str, Callable[[Path, int | None], Table]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
     ".jsonl": _json_rows,
     ".json": _json_rows,
     ".parquet": _parquet_rows,

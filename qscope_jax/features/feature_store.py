@@ -2,7 +2,7 @@
 
     manifest.json                     model, SAEs, layers, sizes, counts, filter, and every file's size and SHA-256
     vocabulary.json                   what each token reads as by itself
-    shard000000/texts.parquet         `text`, `tokens` (their number) and the corpus' own columns, a row for each text
+    shard000000/texts.parquet         `row` in the corpus, `text`, `tokens` (their number) and the corpus' own columns
     shard000000/tokens.safetensors    `token_ids` [N], text after text
     shard000000/layer12.safetensors   of each text, its table: `indptr`, `features`, `maxima`, `counts`; its last token's code: `last_values`,
                                       `last_indices` [B, K]; `counted_tokens` [B]. Of each token, where kept: `values` (bfloat16), `indices`
@@ -151,6 +151,11 @@ class FeatureStore:
         if name not in self.columns:
             raise InputError(f"{self.folder}: has no column {name!r}; it has {', '.join(map(repr, self.columns)) or 'none'}")
         return [value for shard in range(len(self.shard_texts)) for value in self._column(shard, name)]
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Where each text stood in the corpus, blank rows counted."""
+        return [row for shard in range(len(self.shard_texts)) for row in self._column(shard, "row")]
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " B"]:

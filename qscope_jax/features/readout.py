@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,7 @@ def read_features(
             out = forward(model.decoder, batch.tokens_BT, batch.segment_ids_BT, (), taps, stop_after=max(parts))
             assert out.residuals is not None
             for sae, x in zip(saes, out.residuals, strict=True):
-                code, norms, counted = _read(sae.autoencoder, x, jnp.asarray(batch.segment_ids_BT), max_norm_multiple, drop_first)
+                code, norms, counted = read_codes(sae.autoencoder, x, jnp.asarray(batch.segment_ids_BT), max_norm_multiple, drop_first)
                 shape = (*batch.tokens_BT.shape, -1)
                 arrays = [np.asarray(a) for a in (code.values.reshape(shape), code.indices.reshape(shape), norms, counted)]
                 for row, length in enumerate((batch.segment_ids_BT > 0).sum(axis=1)):
@@ -163,11 +164,10 @@ def token_texts(model: LanguageModel, token_ids: Sequence[int]) -> list[str]:
     return [model.tokenizer.decode([token]) for token in token_ids]
 
 
-def _read_batch(
+@partial(jax.jit, static_argnames=("max_norm_multiple", "drop_first"))
+def read_codes(
     sae: SparseAutoencoder, x_BTD: jax.Array, segment_ids: jax.Array, max_norm_multiple: float, drop_first: bool
 ) -> tuple[SparseCode, jax.Array, jax.Array]:
+    """Codes of all B * T tokens, the norms of their streams [B, T], and which of them count [B, T]; padding does not."""
     counted = ordinary_tokens(x_BTD, segment_ids, max_norm_multiple=max_norm_multiple, drop_first=drop_first)
     return sae.encode(x_BTD.reshape(-1, x_BTD.shape[-1])), jnp.linalg.norm(x_BTD.astype(jnp.float32), axis=-1), counted
-
-
-_read = jax.jit(_read_batch, static_argnames=("max_norm_multiple", "drop_first"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from scipy.sparse import csr_array
 
 from qscope_jax.errors import ShapeError
@@ -68,7 +68,7 @@ class TextTable(NamedTuple):
 
 def text_table(
     values_NK: Float[np.ndarray, "N K"],
-    indices_NK: Int[np.ndarray, "N K"],
+    indices_NK: Integer[np.ndarray, "N K"],
     counted_N: Bool[np.ndarray, " N"],
     offsets: Int[np.ndarray, " B1"],
     num_features: int,
@@ -106,7 +106,7 @@ def text_table(
                                ((np.int32, features), (np.float32, maxima), (np.int32, counts))))  # fmt: skip
 
 
-def last_codes(values_BK: Float[np.ndarray, "B K"], indices_BK: Int[np.ndarray, "B K"], num_features: int) -> csr_array:
+def last_codes(values_BK: Float[np.ndarray, "B K"], indices_BK: Integer[np.ndarray, "B K"], num_features: int) -> csr_array:
     """Codes as a sparse table [B, F]; empty slots are left out."""
     active = values_BK > 0
     indptr = np.concatenate([[0], np.cumsum(active.sum(axis=1))])

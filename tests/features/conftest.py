@@ -50,11 +50,14 @@ def readout_of() -> Callable[..., Readout]:
 class CharacterTokenizer:
     """A character is a token."""
 
-    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: list[str], add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(character) - 30 for character in text] for text in texts]}
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return "".join(chr(i + 30) for i in ids)
+
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(row) for row in rows]
 
 
 @pytest.fixture(scope="session")
