@@ -57,6 +57,27 @@ def dot_rows(y_ND: Float[Array, "N D"], indices_NK: Int[Array, "N K"], W_FD: Flo
     return jax.lax.map(lambda token: _product("kd,d->k", W_FD[token[1]], token[0]), (y_ND, indices_NK), batch_size=8)
 
 
+def residual_rows(
+    target_ND: Float[Array, "N D"], values_NK: Float[Array, "N K"], indices_NK: Int[Array, "N K"], W_FD: Float[Array, "F D"], how: str | None = None
+) -> tuple[Float[Array, "N D"], Float[Array, "N K"]]:
+    """What decoding leaves of a target, `e = target - combine_rows(...)`, and `dot_rows(e, ...)` with the same rows of W.
+
+    On a CPU a token's rows are fetched from memory once for both.
+    """
+    how = how or strategy(W_FD.shape[0], W_FD.shape[1], indices_NK.shape[1])
+    if how != "scan":
+        rest_ND = target_ND - combine_rows(values_NK, indices_NK, W_FD, how)
+        return rest_ND, dot_rows(rest_ND, indices_NK, W_FD, how)
+
+    def of_token(token: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        target_D, values_K, indices_K = token
+        rows_KD = W_FD[indices_K]
+        rest_D = target_D - _product("k,kd->d", values_K.astype(W_FD.dtype), rows_KD)
+        return rest_D, _product("kd,d->k", rows_KD, rest_D.astype(W_FD.dtype))
+
+    return jax.lax.map(of_token, (target_ND, values_NK, indices_NK), batch_size=8)
+
+
 def scatter_rows(
     values_NK: Float[Array, "N K"], indices_NK: Int[Array, "N K"], y_ND: Float[Array, "N D"], num_features: int, how: str | None = None
 ) -> Float[Array, "F D"]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from qscope_jax.parallel.shards import Shards
 from qscope_jax.sae.autoencoder import SparseAutoencoder, replace_params
 from qscope_jax.sae.selection import largest_features
-from qscope_jax.sae.sparse import combine_rows, dot_rows, scatter_rows, scatter_scalars
+from qscope_jax.sae.sparse import combine_rows, dot_rows, residual_rows, scatter_rows, scatter_scalars
 from qscope_jax.sae.topk import batch_winners, shard_winners
 from qscope_jax.training.sae_config import SAEConfig
 
@@ -69,10 +69,11 @@ class Gradient(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """A sparse code beside the gradient of the loss with respect to what it decodes to."""
+    """A sparse code beside the gradient of the loss with respect to what it decodes to, and to its values where that is known already."""
 
     code: "_Code"
     y_ND: Array
+    slopes_NJ: Array | None = None
 
 
 class _Code(NamedTuple):
@@ -153,6 +154,11 @@ def _rebuild(
 ) -> tuple[Array, Array, list["_Term"], Array]:
     """FVU, the reconstruction's error, the codes with the gradient of what they decode to, and b_dec's gradient token by token."""
     spread = _spread(x_ND, shards)
+    if wide is None and not shards.features:
+        error_ND, along_NJ = matrices.residual(x_ND - sae.b_dec[...], code)
+        fvu, down = _quotient(error_ND, spread, shards)
+        y_ND = down * error_ND
+        return fvu, error_ND, [_Term(code, y_ND, down * along_NJ)], y_ND
     error_ND = x_ND - (shards.sum_features(matrices.decode(code)) + sae.b_dec[...])
     fvu, down = _quotient(error_ND, spread, shards)
     y_ND = down * error_ND
@@ -203,6 +209,11 @@ class _Matrices:
     def decode(self, code: "_Code") -> Array:
         return _in_parts(lambda part: combine_rows(part.values_NJ, part.indices_NJ, self.W_dec_FD), code, self.config.micro_batches)
 
+    def residual(self, target_ND: Array, code: "_Code") -> tuple[Array, Array]:
+        """What a code leaves of a target, and its products with the code's rows."""
+        rows = (target_ND, code.values_NJ, code.indices_NJ)
+        return _in_parts(lambda part: residual_rows(*part, self.W_dec_FD), rows, self.config.micro_batches)
+
     def gradient(self, x_ND: Array, terms: Sequence["_Term"], db_dec_ND: Array, toward_l0: Array) -> SparseAutoencoder:
         """Sum over this device's tokens of every term's gradient."""
         rows, parts = (x_ND, tuple(terms), db_dec_ND), self.config.micro_batches
@@ -217,7 +228,7 @@ class _Matrices:
         features, dtype = self.sae.num_features, self.W_dec_FD.dtype
         indices_NJ = jnp.concatenate([term.code.indices_NJ for term in terms], axis=1)
         active_NJ = jnp.concatenate([term.code.active_NJ for term in terms], axis=1)
-        slopes_NJ = jnp.concatenate([dot_rows(term.y_ND, term.code.indices_NJ, self.W_dec_FD) for term in terms], axis=1)
+        slopes_NJ = jnp.concatenate([self._slopes(term) for term in terms], axis=1)
         dz_NJ = jnp.where(active_NJ, slopes_NJ, jnp.float32(0))
         dW_dec = [scatter_rows(term.code.values_NJ, term.code.indices_NJ, term.y_ND.astype(dtype), features) for term in terms]
         changes: dict[str, Array] = {
@@ -229,6 +240,9 @@ class _Matrices:
         if hasattr(self.sae, "threshold"):
             changes["threshold"] = self._threshold(terms[0].code, slopes_NJ[:, : terms[0].code.z_NJ.shape[1]], toward_l0)
         return replace_params(self.sae, changes)
+
+    def _slopes(self, term: _Term) -> Array:
+        return dot_rows(term.y_ND, term.code.indices_NJ, self.W_dec_FD) if term.slopes_NJ is None else term.slopes_NJ
 
     def _threshold(self, code: "_Code", slopes_NJ: Array, toward_l0: Array) -> Array:
         """Straight-through estimate (Rajamanoharan et al. 2024, arXiv 2407.14435), not 0 within a window eps wide about theta.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qscope_jax.sae import sparse
-from qscope_jax.sae.sparse import chosen_pre_activations, combine_rows, dot_rows, scatter_rows, scatter_scalars, sparse_decode
+from qscope_jax.sae.sparse import chosen_pre_activations, combine_rows, dot_rows, residual_rows, scatter_rows, scatter_scalars, sparse_decode
 
 N, F, D, K = 7, 40, 12, 5
 FORMS = ["dense", "gather", "scan"]
@@ -56,6 +56,15 @@ def test_products_with_rows_equal_the_dense_product_with_all_gradients(how, arra
     a = arrays
     got = with_gradients(lambda y, W: dot_rows(y, a["indices"], W, how), a["y"], a["W"])
     assert_close(got, with_gradients(lambda y, W: jnp.einsum("nd,nkf,fd->nk", y, one_hot(a), W), a["y"], a["W"]))
+
+
+@pytest.mark.parametrize("how", FORMS)
+def test_what_decoding_leaves_and_its_products_equal_the_dense_ones(how, arrays):
+    a = arrays
+    rest, along = jax.jit(partial(residual_rows, how=how))(a["y"], a["values"], a["indices"], a["W"])
+    expected = a["y"] - jnp.einsum("nk,nkf,fd->nd", a["values"], one_hot(a), a["W"])
+    assert_close(rest, expected)
+    np.testing.assert_allclose(along, jnp.einsum("nd,nkf,fd->nk", expected, one_hot(a), a["W"]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", FORMS)
