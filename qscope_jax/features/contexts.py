@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from scipy.sparse import coo_array
 
 from qscope_jax.errors import ConfigError, InputError
@@ -191,7 +191,7 @@ def _block(store: FeatureStore, layer: int, features: Int[np.ndarray, " C"]) -> 
         yield FiringTexts(feature, text[entries], maximum[entries], count[entries])
 
 
-def _codes(store: FeatureStore, layer: int, texts: list[int]) -> Iterator[tuple[int, TextCode, Int[np.ndarray, " T"]]]:
+def _codes(store: FeatureStore, layer: int, texts: list[int]) -> Iterator[tuple[int, TextCode, Integer[np.ndarray, " T"]]]:
     """The codes and tokens of texts, given in ascending order."""
     if len(texts) * _ONE_BY_ONE < store.num_texts:
         for text in texts:
@@ -206,7 +206,7 @@ def _codes(store: FeatureStore, layer: int, texts: list[int]) -> Iterator[tuple[
 
 
 def _context(
-    text: int, activation: Float[np.ndarray, " T"], peak: int, token_ids: Int[np.ndarray, " T"], window: Window, about: TextFacts
+    text: int, activation: Float[np.ndarray, " T"], peak: int, token_ids: Integer[np.ndarray, " T"], window: Window, about: TextFacts
 ) -> Context:
     part = window.around(peak, len(token_ids))
     return Context(text, peak - part.start, part.start, tuple(token_ids[part].tolist()), tuple(activation[part].tolist()), about(text))

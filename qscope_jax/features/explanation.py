@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from qscope_jax.errors import ConfigError, InputError
 from qscope_jax.features.cofiring import Cofiring, cofiring, sampled_cofiring
@@ -209,5 +209,5 @@ def _rates(names: list[str], codes: Int[np.ndarray, " B"], found: FiringTexts, c
     return tuple(GroupRate(names[group], *(column[group] for column in columns)) for group in order.tolist())
 
 
-def _pairs(names: Int[np.ndarray, "F W"], values: Float[np.ndarray, "F W"], feature: int) -> tuple[tuple[int, float], ...]:
+def _pairs(names: Integer[np.ndarray, "F W"], values: Float[np.ndarray, "F W"], feature: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(names[feature].tolist(), values[feature].tolist(), strict=True))

@@ -63,7 +63,7 @@ def make_store(
 
 def _write_shard(folder: Path, readout: Readout, texts: list[int], columns: Mapping[str, Sequence], codes: bool) -> None:
     folder.mkdir()
-    table = {"text": [readout.texts[i] for i in texts], "tokens": [len(readout.token_ids[i]) for i in texts], **columns}
+    table = {"row": texts, "text": [readout.texts[i] for i in texts], "tokens": [len(readout.token_ids[i]) for i in texts], **columns}
     pyarrow.parquet.write_table(pyarrow.table(table), folder / TEXTS_FILE)
     write_safetensors(folder / TOKENS_FILE, {"token_ids": np.concatenate([readout.token_ids[i] for i in texts]).astype(np.int32)})
     found = text_features(readout).select(texts)
