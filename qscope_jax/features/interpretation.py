@@ -26,6 +26,7 @@ from qscope_jax.features.context_questions import (
 )
 from qscope_jax.features.contexts import FiringTexts, Window, check_features, firing_texts, read_contexts, read_silent_contexts
 from qscope_jax.features.feature_card import Context
+from qscope_jax.features.feature_labels import FeatureLabel
 from qscope_jax.features.feature_store import FeatureStore
 from qscope_jax.features.generators import Generator, Message, Reply
 from qscope_jax.features.marked_text import marked_text, token_groups
@@ -86,6 +87,11 @@ class Interpretation:
         """Balanced accuracies, of those that could be measured."""
         found = {"detection": self.detection, "fuzzing": self.fuzzing}
         return {name: score.balanced_accuracy for name, score in found.items() if score is not None and score.measured}
+
+    def label(self, by: str = "") -> FeatureLabel:
+        """The explanation for a file; its score is the mean of the balanced accuracies."""
+        scores = self.scores
+        return FeatureLabel(self.layer, self.feature, self.explanation, float(np.mean(list(scores.values()))) if scores else None, scores, by)
 
 
 def interpret_features(
