@@ -1,6 +1,6 @@
 """Where features fire: their texts from the tables, then stretches of those texts around the peak from the codes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,17 +121,32 @@ def read_contexts(
     return [context for context in found if context is not None]
 
 
-def read_silent_contexts(store: FeatureStore, texts: Sequence[int], window: Window, rng: np.random.Generator) -> list[Context]:
-    """A stretch of each text around a random token, with activations of 0: for texts in which a feature does not fire.
+def read_silent_contexts(
+    store: FeatureStore, layer: int, feature: int, texts: Iterable[int], count: int, window: Window, rng: np.random.Generator
+) -> list[Context]:
+    """Stretches around a random token in which a feature does not fire, not even at a token that does not count.
+
+    Args:
+        store: The store, with codes.
+        layer: 0-based layer.
+        feature: The feature.
+        texts: Texts to take one stretch each from, tried in order until there are enough.
+        count: Stretches, at most.
+        window: How much to show.
+        rng: Draws the tokens.
 
     Raises:
-        InputError: there is no such text.
+        InputError: there is no such layer or text, or the store keeps no codes.
     """
     about = TextFacts(store)
-    contexts = []
+    contexts: list[Context] = []
     for text in texts:
-        ids = store.token_ids(text)
-        contexts.append(_context(text, np.zeros(len(ids)), int(rng.integers(len(ids))), ids, window, about))
+        if len(contexts) == count:
+            break
+        activation, token_ids = store.code(layer, text).activation(feature), store.token_ids(text)
+        context = _context(text, activation, int(rng.integers(len(token_ids))), token_ids, window, about)
+        if not any(context.activations):
+            contexts.append(context)
     return contexts
 
 

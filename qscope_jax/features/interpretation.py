@@ -31,6 +31,9 @@ from qscope_jax.features.feature_store import FeatureStore
 from qscope_jax.features.generators import Generator, Message, Reply
 from qscope_jax.features.marked_text import marked_text, token_groups
 
+# Texts without a feature that are looked through for stretches without it; it may fire at tokens that do not count.
+_TRIED = 500
+
 
 @dataclass(frozen=True)
 class InterpretConfig:
@@ -195,10 +198,11 @@ def _evidence(store: FeatureStore, layer: int, found: FiringTexts, readable: "_R
     # Repeated texts must not carry what was shown over to the scores.
     known = {context.token_ids for context in shown}
     scored = [context for context in scored if context.token_ids not in known]
-    silent = read_silent_contexts(store, _silent_texts(store, found, len(scored), rng), config.window, rng)
+    silent = read_silent_contexts(store, layer, found.feature, _silent_texts(store, found, rng), len(scored), config.window, rng)
     lines = [f"{_strength(context, float(found.maxima[0]))} {readable.marked(context, config.mark_share)}" for context in shown]
     detection = [Example(readable.plain(context), right) for right, group in ((True, scored), (False, silent)) for context in group]
-    fuzzing = _fuzzing(scored, readable, config.mark_share, rng)
+    quiet = [_silent_positions(store, layer, found.feature, context) for context in scored]
+    fuzzing = _fuzzing(scored, quiet, readable, config.mark_share, rng)
     problem = "" if scored else "it fires in too few texts to score an explanation"
     return _Evidence(found.feature, lines, _shuffled(detection, rng), _shuffled(fuzzing, rng), problem=problem)
 
@@ -225,18 +229,24 @@ def _spread(rows: Int[np.ndarray, " R"], count: int, rng: np.random.Generator) -
     return np.array([rng.choice(part) for part in np.array_split(rows, count)] if count else [], np.int64)
 
 
-def _silent_texts(store: FeatureStore, found: FiringTexts, count: int, rng: np.random.Generator) -> list[int]:
-    """Texts in which the feature does not fire; fewer where it fires almost everywhere."""
-    silent = np.setdiff1d(np.arange(store.num_texts), found.texts)
-    return rng.choice(silent, min(count, len(silent)), replace=False).tolist()
+def _silent_texts(store: FeatureStore, found: FiringTexts, rng: np.random.Generator) -> list[int]:
+    """Texts in which the feature does not fire, in random order."""
+    return rng.permutation(np.setdiff1d(np.arange(store.num_texts), found.texts))[:_TRIED].tolist()
 
 
-def _fuzzing(scored: list[Context], readable: "_Readable", share: float, rng: np.random.Generator) -> list[Example]:
+def _silent_positions(store: FeatureStore, layer: int, feature: int, context: Context) -> list[int]:
+    """Positions of a stretch at which the feature does not fire, whether they count or not."""
+    stop = context.start + len(context.token_ids)
+    activation = store.code(layer, context.text).activation(feature)[context.start : stop]
+    return (context.start + np.flatnonzero(activation == 0)).tolist()
+
+
+def _fuzzing(scored: list[Context], quiet: list[list[int]], readable: "_Readable", share: float, rng: np.random.Generator) -> list[Example]:
     """Half of the contexts with the right tokens marked, half with as many silent ones; contexts without a silent one are rightly marked."""
     examples = []
-    for number, context in enumerate(scored[int(i)] for i in rng.permutation(len(scored))):
+    for number, row in enumerate(rng.permutation(len(scored)).tolist()):
+        context, silent = scored[row], quiet[row]
         right = strong_positions(context, share)
-        silent = [context.start + i for i, value in enumerate(context.activations) if value == 0]
         if number % 2 and silent:
             wrong = rng.choice(silent, min(len(right), len(silent)), replace=False).tolist()
             examples.append(Example(readable.with_marks(context, wrong), False))

@@ -65,10 +65,17 @@ def test_what_a_text_is_known_by_is_short_and_plain(store):
     assert set(about) == {"language", "long"} and about["long"] == "x" * 99 + "…"
 
 
-def test_silent_contexts_lie_within_their_texts(store, readout):
-    for context in read_silent_contexts(store, [8, 0, 3], Window(2, 1), np.random.default_rng(1)):
-        assert set(context.activations) == {0.0} and len(context.token_ids) <= 4
-        assert context.token_ids == readout.token_ids[context.text][context.start : context.start + len(context.token_ids)]
+def test_silent_contexts_hold_no_token_at_which_the_feature_fires_counted_or_not(store, readout):
+    """Feature 3 fires at every first token, which does not count."""
+    drawn = [
+        context for seed in range(20) for context in read_silent_contexts(store, 6, 3, range(TEXTS), 4, Window(1, 1), np.random.default_rng(seed))
+    ]
+    assert len(drawn) > 20 and len(read_silent_contexts(store, 6, 4, range(TEXTS), 4, Window(), np.random.default_rng(0))) == 4
+    for context in drawn:
+        stretch = slice(context.start, context.start + len(context.token_ids))
+        assert context.start > 0 and set(context.activations) == {0.0} and len(context.token_ids) <= 3
+        assert not readout.activation(context.text, 3)[stretch].any()
+        assert context.token_ids == readout.token_ids[context.text][stretch]
 
 
 def test_bad_requests_are_refused(store, readout, tmp_path):
