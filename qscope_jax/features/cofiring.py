@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csc_array, csr_array, vstack
 
 from qscope_jax.errors import ConfigError
 from qscope_jax.features.contexts import check_features
@@ -78,14 +78,14 @@ def sampled_cofiring(store: FeatureStore, layer: int, count: int = 10, *, tokens
         raise ConfigError(f"tokens is {tokens}, expected 1 or more")
     num_features = store.num_features[store.check_layer(layer)]
     fires = csr_array(vstack(list(_sample(store, layer, tokens, seed)), format="csr"))
-    columns = fires.tocsc()
+    columns = csc_array(fires)
     totals = np.diff(columns.indptr)
     at_once = max(entries // num_features, 1)
     parts = []
     for first in range(0, num_features, at_once):
         block = np.arange(first, min(first + at_once, num_features))
-        both = csr_array(columns[:, first : first + len(block)].T @ fires)
-        parts.append(_best(both, block, totals, count, fires.shape[0]))
+        both = csr_array(columns[:, block].T @ fires)
+        parts.append(_best(both, block, totals, count, len(fires.indptr) - 1))
     return _joined(parts, count)
 
 
@@ -137,8 +137,8 @@ def _best(both: csr_array, features: Int[np.ndarray, " R"], totals: Int[np.ndarr
 
 def _joined(parts: list[Cofiring], count: int) -> Cofiring:
     empty = Cofiring(np.zeros(0, np.int64), np.zeros((0, count), np.int32), np.zeros((0, count), np.float32), 0)
-    columns = zip(*(part[:3] for part in [empty, *parts]), strict=True)
-    return Cofiring(*(np.concatenate(column) for column in columns), parts[0].tokens if parts else 0)
+    features, partners, jaccard = (np.concatenate(column) for column in zip(*(part[:3] for part in [empty, *parts]), strict=True))
+    return Cofiring(features, partners, jaccard, parts[0].tokens if parts else 0)
 
 
 def _check_count(count: int) -> None:

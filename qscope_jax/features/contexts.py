@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Integer
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 
 from qscope_jax.errors import ConfigError, InputError
 from qscope_jax.features.feature_card import Context
@@ -187,21 +187,21 @@ def _block(store: FeatureStore, layer: int, features: Int[np.ndarray, " C"]) -> 
     """The columns of some features, turned into rows."""
     place = np.full(store.num_features[layer], -1, np.int32)
     place[features] = np.arange(len(features))
-    places, texts, maxima, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int32)]
+    parts: list[tuple[np.ndarray, ...]] = [(*(np.zeros(0, np.int32),) * 3, np.zeros(0, np.float32))]
     first = 0
     for shard, size in enumerate(store.shard_texts):
         table = store.shard_features(layer, shard)
         local = place[table.maxima.indices]
         kept = local >= 0
         rows = np.repeat(np.arange(first, first + size, dtype=np.int32), np.diff(table.maxima.indptr))
-        for column, values in ((places, local), (texts, rows), (maxima, table.maxima.data), (counts, table.firing_counts.data)):
-            column.append(values[kept])
+        parts.append((local[kept], rows[kept], np.asarray(table.firing_counts.data)[kept], np.asarray(table.maxima.data)[kept]))
         first += size
-    of, text, maximum, count = (np.concatenate(column) for column in (places, texts, maxima, counts))
+    of, text, count, maximum = (np.concatenate(column) for column in zip(*parts, strict=True))
     # SciPy turns a table by counting, which is several times faster than sorting it.
-    turned = coo_array((np.arange(len(of)), (of, text)), shape=(len(features), max(first, 1))).tocsr()
+    turned = csr_array(coo_array((np.arange(len(of)), (of, text)), shape=(len(features), max(first, 1))))
+    places_of: Int[np.ndarray, " E"] = np.asarray(turned.data)
     for row, feature in enumerate(features.tolist()):
-        entries = turned.data[turned.indptr[row] : turned.indptr[row + 1]]
+        entries = places_of[turned.indptr[row] : turned.indptr[row + 1]]
         entries = entries[np.argsort(-maximum[entries], kind="stable")]
         yield FiringTexts(feature, text[entries], maximum[entries], count[entries])
 

@@ -153,11 +153,6 @@ def _card(layer: int, found: FiringTexts, counted: Int[np.ndarray, " B"], groups
     """What the texts' tables and the dictionary say of a feature."""
     fires = len(found.texts) > 0
     heights, edges = np.histogram(found.maxima, bins, (0, float(found.maxima[0]))) if fires else (np.zeros(0, int), np.zeros(1))
-    sides = {} if dictionary is None else {
-        "promoted": _pairs(dictionary.promoted, dictionary.promoted_logits, found.feature),
-        "suppressed": _pairs(dictionary.suppressed, dictionary.suppressed_logits, found.feature),
-        "neighbours": _pairs(dictionary.neighbours, dictionary.cosines, found.feature),
-    }  # fmt: skip
     return FeatureCard(
         layer,
         found.feature,
@@ -167,7 +162,9 @@ def _card(layer: int, found: FiringTexts, counted: Int[np.ndarray, " B"], groups
         mean_maximum=float(found.maxima.mean()) if fires else 0.0,
         histogram=tuple(zip(edges[:-1].tolist(), edges[1:].tolist(), heights.tolist(), strict=True)),
         groups=groups.rates(found, counted),
-        **sides,
+        promoted=_pairs(dictionary.promoted, dictionary.promoted_logits, found.feature) if dictionary else (),
+        suppressed=_pairs(dictionary.suppressed, dictionary.suppressed_logits, found.feature) if dictionary else (),
+        neighbours=_pairs(dictionary.neighbours, dictionary.cosines, found.feature) if dictionary else (),
     )
 
 

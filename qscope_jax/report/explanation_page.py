@@ -50,7 +50,7 @@ def add_card(page: Page, card: FeatureCard, token_text: TokenText) -> Page:
     if not card.maximum:
         return page
     if card.top:
-        page.heading("Where it fires most", 3)
+        page.heading("Where it fires most", 4)
         _add_contexts(page, card.top, card.maximum, token_text)
     for part in card.quantiles:
         if part.contexts:
@@ -98,7 +98,7 @@ def _add_contexts(page: Page, contexts: Sequence[Context], maximum: float, token
 
 
 def _add_figures(page: Page, card: FeatureCard) -> None:
-    page.heading("How strongly and for whom", 3)
+    page.heading("How strongly and for whom", 4)
     middles = [f"{(low + high) / 2:.3g}" for low, high, _ in card.histogram]
     page.figure(bars(middles, [texts for *_, texts in card.histogram], title="Texts by maximum", y="texts", horizontal=False))
     for column, groups in card.groups.items():
@@ -111,7 +111,7 @@ def _add_figures(page: Page, card: FeatureCard) -> None:
 def _add_words(page: Page, card: FeatureCard, token_text: TokenText) -> None:
     if not card.promoted and not card.suppressed:
         return
-    page.heading("What its direction writes", 3)
+    page.heading("What its direction writes", 4)
     length = max(len(card.promoted), len(card.suppressed))
     columns = [
         [(token_text(token), logit) for token, logit in side] + [(None, None)] * (length - len(side)) for side in (card.promoted, card.suppressed)
@@ -123,7 +123,7 @@ def _add_words(page: Page, card: FeatureCard, token_text: TokenText) -> None:
 def _add_relations(page: Page, relations: Mapping[str, Sequence[tuple[int, float]]], measures: Sequence[str]) -> None:
     if not any(relations.values()):
         return
-    page.heading("Features near it", 3)
+    page.heading("Features near it", 4)
     for (name, pairs), measure in zip(relations.items(), measures, strict=True):
         if pairs:
             page.table((name, measure), [(str(feature), value) for feature, value in pairs])
