@@ -96,6 +96,16 @@ def test_shown_contexts_mark_the_firing_tokens_and_say_how_strongly(store):
     assert strengths[:4] == [10, 10, 9, 9] and min(strengths) < 7
 
 
+def test_wrong_marks_are_tokens_at_which_the_feature_is_silent(store):
+    """OFTEN fires everywhere but at one token; at the first it does not count, but fires all the same."""
+    reader = Reader()
+    list(interpret_features(store, 3, [OFTEN], reader, config=SMALL))
+    lines = [line for rule, question in reader.asked if "tokens are marked" in rule for line in re.findall(r"^\d+\. (.*)$", question, re.M)]
+    wrong = [line for line in lines if len(re.search("⟦(.*?)⟧", line)[1].split()) == 1]
+    assert len(lines) == 12 and len(wrong) == 6
+    assert all(len(line.split("⟦")[0].split()) == 5 for line in wrong)
+
+
 def test_detection_shows_no_marks(store):
     reader = Reader()
     list(interpret_features(store, 3, [TEA], reader, config=SMALL))
