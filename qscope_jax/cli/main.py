@@ -20,7 +20,7 @@ VERBS = {
     "train-sae": "train sparse autoencoders on a model's residual streams",
     "cache-activations": "write residual streams to disk, to train on them many times",
     "eval-sae": "measure how faithful sparse autoencoders are",
-    "explain": "show what features stand for: contexts, groups, words, neighbours",
+    "explain": "show what features stand for: contexts, words, neighbours",
 }
 _INTERRUPTED = 130
 
