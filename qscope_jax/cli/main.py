@@ -21,6 +21,7 @@ VERBS = {
     "cache-activations": "write residual streams to disk, to train on them many times",
     "eval-sae": "measure how faithful sparse autoencoders are",
     "store": "write a corpus' features to disk, for the verbs below",
+    "explain": "show what features stand for: contexts, words, neighbours",
 }
 _INTERRUPTED = 130
 
