@@ -1,6 +1,7 @@
 """Benchmarks as lists of prompts: the report's 17 by name, or any file or hub dataset with a column of text."""
 
 import contextlib
+import itertools
 import json
 import re
 import tempfile
@@ -76,9 +77,31 @@ def load_benchmark(
     rows = [index for index, prompt in enumerate(prompts) if prompt.strip()]
     if not rows:
         raise SourceError(f"{source or name}: holds no prompt, all {len(table)} rows are blank; check the source and the column")
-    if limit is not None and limit < len(rows):
-        rows = sorted(np.random.default_rng(seed).choice(rows, limit, replace=False).tolist())
-    return Benchmark(name, tuple(prompts[row] + suffix for row in rows), tuple(rows), len(table))
+    return draw_prompts(Benchmark(name, tuple(prompts[row] + suffix for row in rows), tuple(rows), len(table)), limit, seed)
+
+
+def draw_prompts(benchmark: Benchmark, limit: int | None, seed: int = 0) -> Benchmark:
+    """The benchmark with at most `limit` of its prompts, drawn at random, in their order."""
+    if limit is None or limit >= len(benchmark.prompts):
+        return benchmark
+    chosen = sorted(np.random.default_rng(seed).choice(len(benchmark.prompts), limit, replace=False).tolist())
+    prompts, rows = (tuple(column[i] for i in chosen) for column in (benchmark.prompts, benchmark.rows))
+    return Benchmark(benchmark.name, prompts, rows, benchmark.total)
+
+
+def group_texts(texts: Sequence[str], names: Sequence[Any]) -> dict[str, Benchmark]:
+    """Texts of several benchmarks, with the name of each text's benchmark; rows are counted within a benchmark."""
+    grouped: dict[str, list[str]] = {}
+    for text, name in zip(texts, names, strict=True):
+        grouped.setdefault(str(name), []).append(text)
+    return {name: Benchmark(name, tuple(own), tuple(range(len(own))), len(own)) for name, own in grouped.items()}
+
+
+def shared_prompts(benchmarks: Sequence[Benchmark]) -> dict[tuple[str, str], int]:
+    """Prompts that two benchmarks have in common, word by word, for the pairs that have any."""
+    prompts = [set(one.prompts) for one in benchmarks]
+    pairs = itertools.combinations(range(len(benchmarks)), 2)
+    return {(benchmarks[i].name, benchmarks[j].name): shared for i, j in pairs if (shared := len(prompts[i] & prompts[j]))}
 
 
 def split_source(source: str, split: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from qscope_jax.data.benchmark_files import Benchmark
 from qscope_jax.data.tables import load_table
 from qscope_jax.errors import InputError, SourceError
 
@@ -105,6 +106,19 @@ def accuracy_table(correctness: Mapping[str, Correctness], name: str = "accuraci
     for column, one in enumerate(correctness.values()):
         values[[models.index(model) for model in one.models], column] = one.correct.mean(axis=1)
     return ScoreTable(name, models, tuple(correctness), values)
+
+
+def answers_of(benchmark: Benchmark, correctness: Correctness) -> Bool[np.ndarray, "M N"]:
+    """The answers to the prompts of a benchmark that were read: models may have answered all rows of its source, or those prompts alone.
+
+    Raises:
+        InputError: they answered another number of samples.
+    """
+    samples = correctness.correct.shape[1]
+    if samples not in (benchmark.total, len(benchmark.prompts)):
+        few = f" or the {len(benchmark.prompts):,} that were read" if len(benchmark.prompts) != benchmark.total else ""
+        raise InputError(f"models answered {samples:,} samples of benchmark {benchmark.name}; expected its {benchmark.total:,} rows{few}")
+    return correctness.correct[:, list(benchmark.rows)] if samples == benchmark.total else correctness.correct
 
 
 def _score(value: Any, where: str, column: str) -> float:

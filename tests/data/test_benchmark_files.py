@@ -4,7 +4,7 @@ import zipfile
 import pytest
 
 from qscope_jax.data import benchmark_files
-from qscope_jax.data.benchmark_files import load_benchmark, split_source
+from qscope_jax.data.benchmark_files import Benchmark, draw_prompts, group_texts, load_benchmark, shared_prompts, split_source
 from qscope_jax.data.tables import Table
 from qscope_jax.errors import InputError, SourceError
 
@@ -88,6 +88,17 @@ def test_public_data_sets_are_asked_for_by_name_configuration_and_split(monkeypa
         ("openai/gsm8k:main", "test"), ("EleutherAI/hendrycks_math:algebra", "test"), ("EleutherAI/hendrycks_math:geometry", "test"),
         ("evalplus/humanevalplus", "test"), ("evalplus/mbppplus", "test"), ("me/gsm8k:hard", "val"), ("openai/gsm8k:main", "train"),
     ]  # fmt: skip
+
+
+def test_prompts_that_benchmarks_share_are_counted():
+    made = [Benchmark(name, tuple(prompts), tuple(range(len(prompts))), len(prompts)) for name, prompts in (("a", "xyzz"), ("b", "zyw"), ("c", "q"))]
+    assert shared_prompts(made) == {("a", "b"): 2}
+
+
+def test_texts_of_several_benchmarks_are_told_apart():
+    found = group_texts(["a", "b", "c"], ["x", 7, "x"])
+    assert found == {"x": Benchmark("x", ("a", "c"), (0, 1), 2), "7": Benchmark("7", ("b",), (0,), 1)}
+    assert draw_prompts(found["x"], 1).total == 2 and draw_prompts(found["x"], 5) is found["x"]
 
 
 def test_a_hub_source_may_name_its_split():

@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from qscope_jax.data.benchmark_scores import accuracy_table, load_correctness, load_scores
+from qscope_jax.data.benchmark_files import Benchmark
+from qscope_jax.data.benchmark_scores import Correctness, accuracy_table, answers_of, load_correctness, load_scores
 from qscope_jax.errors import InputError, SourceError
 
 
@@ -77,3 +78,12 @@ def test_bad_arrays_are_refused(tmp_path):
     np.savez(tmp_path / "names.npz", a=np.ones((2, 3)), models=np.array(["x"]))
     with pytest.raises(InputError, match="has 2 rows and `models` 1 names"):
         load_correctness(tmp_path / "names.npz")
+
+
+def test_answers_are_those_to_the_prompts_that_were_read():
+    drawn = Benchmark("b", ("x", "y"), (1, 3), 4)
+    whole = Correctness(("m",), np.array([[False, True, False, False]]))
+    assert answers_of(drawn, whole).tolist() == [[True, False]]
+    assert answers_of(drawn, Correctness(("m",), np.array([[False, True]]))).tolist() == [[False, True]]
+    with pytest.raises(InputError, match="models answered 3 samples of benchmark b; expected its 4 rows or the 2 that were read"):
+        answers_of(drawn, Correctness(("m",), np.ones((1, 3), bool)))
