@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qscope_jax.cli.options import Integers, Texts, check_at_least, positional, same_named
 from qscope_jax.cli.results import check_writable, write_result
-from qscope_jax.cli.sources import SAEOptions, open_model, open_saes, sae_groups
+from qscope_jax.cli.sources import TINY, SAEOptions, open_model, open_saes, sae_groups
 from qscope_jax.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
     from qscope_jax.data.benchmark_files import Benchmark
-    from qscope_jax.data.benchmark_scores import ScoreTable
+    from qscope_jax.data.benchmark_scores import Correctness, ScoreTable
     from qscope_jax.features.benchmark_comparison import BenchmarkComparison, ComparisonConfig
 
 
@@ -24,7 +24,8 @@ class Config(SAEOptions):
     """Compare benchmarks by the features that their prompts light up, and say which to keep, merge or drop."""
 
     benchmarks: Texts = positional(())
-    """NAME=FILE or NAME=hub:OWNER/DATASET:CONFIGURATION@SPLIT; NAME alone of a known benchmark, such as gsm8k, or of one in --store."""
+    """NAME=FILE or NAME=hub:OWNER/DATASET:CONFIGURATION@SPLIT; NAME alone of a known benchmark, such as gsm8k, or of one in --store; or `tiny`, for
+    the embedded model's tasks and what its checkpoints answered."""
     text_column: str = "text"
     """Column of the prompt, where rows are not those of a known benchmark."""
     split: str | None = None
@@ -133,7 +134,9 @@ def _benchmarks(config: Config) -> "list[Benchmark]":
     if config.store:
         return _stored_benchmarks(config, names)
     if not given:
-        raise ConfigError("no benchmark given; give two or more as NAME=FILE, or --store")
+        raise ConfigError("no benchmark given; give two or more as NAME=FILE, or --store, or tiny")
+    if config.benchmarks == (TINY,):
+        return _tiny_benchmarks(config)
     limits = _limits(config.limit or (), names)
     settings: dict[str, Any] = dict(column=config.text_column, split=config.split, seed=config.seed, suffix=config.suffix)
     return [load_benchmark(name, source, limit=limits.get(name, limits.get("")), **settings) for name, source in given]
@@ -152,6 +155,16 @@ def _stored_benchmarks(config: Config, names: Sequence[str]) -> "list[Benchmark]
     return [draw_prompts(found[name], limits.get(name, limits.get("")), config.seed) for name in names]
 
 
+def _tiny_benchmarks(config: Config) -> "list[Benchmark]":
+    from qscope_jax.data.benchmark_files import draw_prompts, group_texts
+    from qscope_jax.demo.tasks import tasks
+
+    asked = [(sample.prompt + config.suffix, task.name) for task in tasks() for sample in task.samples]
+    found = group_texts(*zip(*asked, strict=True))
+    limits = _limits(config.limit or (), list(found))
+    return [draw_prompts(one, limits.get(name, limits.get("")), config.seed) for name, one in found.items()]
+
+
 def _limits(limits: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     """Limits by name; under the empty name that of all others."""
     found = {}
@@ -167,13 +180,27 @@ def _scores(config: Config, benchmarks: "Sequence[Benchmark]") -> "tuple[ScoreTa
     """Scores, from their file or as accuracies, and the answers to the prompts that are read."""
     from qscope_jax.data.benchmark_scores import accuracy_table, answers_of, load_correctness, load_scores
 
-    answers = load_correctness(config.correct) if config.correct else {}
+    answers = load_correctness(config.correct) if config.correct else _tiny_answers(config)
     if config.correct and not any(one.name in answers for one in benchmarks):
         raise InputError(f"{config.correct}: answers none of the benchmarks given; it has {', '.join(map(repr, answers))}")
     scores = load_scores(config.scores, model_column=config.model_column) if config.scores else None
     if scores is None and all(one.name in answers for one in benchmarks):
-        scores = accuracy_table(answers, f"{config.correct} accuracies") if answers else None
+        scores = accuracy_table(answers, f"{config.correct or TINY} accuracies") if answers else None
     return scores, {one.name: answers_of(one, answers[one.name]) for one in benchmarks if one.name in answers}
+
+
+def _tiny_answers(config: Config) -> "dict[str, Correctness]":
+    """What the checkpoints of the embedded model's training answered, where its tasks are compared and no scores are given."""
+    if config.benchmarks != (TINY,) or config.scores or config.store:
+        return {}
+    from qscope_jax.data.benchmark_scores import Correctness
+    from qscope_jax.demo.embedded import TINY as EMBEDDED
+    from qscope_jax.demo.recipe import SCORES
+    from qscope_jax.demo.task_scores import read_scores
+
+    scores = read_scores(EMBEDDED / SCORES)
+    models = tuple(f"step {step}" for step in scores.steps)
+    return {name: Correctness(models, correct) for name, correct in scores.correct.items()}
 
 
 def _stored(config: Config, benchmarks: "Sequence[Benchmark]") -> "tuple[str, dict[int, dict[str, csr_array]]]":
@@ -231,20 +258,19 @@ def _show(comparison: "BenchmarkComparison") -> None:
     from qscope_jax.report.benchmarks_page import correlation_rows
     from qscope_jax.report.terminal import print_table
 
-    equal = f"R-hat of {comparison.equal_samples:,}"
-    advice = {one.benchmark: one for one in comparison.suite.advice}
+    equal = f"at {comparison.equal_samples:,}"
     rows = []
     for one in comparison.footprints:
-        measured, found = comparison.performance.get(one.name), advice[one.name]
+        measured = comparison.performance.get(one.name)
         redundancy = (one.redundancy, one.redundancy_at(comparison.equal_samples), measured.value if measured else None)
-        rows.append((one.name, one.samples, one.size, *redundancy, found.action, found.partner))
-    columns = ("benchmark", "samples", "features", "R-hat", equal, "R", "advice", "partner")
-    print_table(columns, rows, title=f"Layer {comparison.layer}")
+        rows.append((one.name, one.samples, one.size, *redundancy))
+    print_table(("benchmark", "samples", "features", "R-hat", equal, "R"), rows, title=f"Layer {comparison.layer}")
     print()
     if comparison.correlations:
         print_table(("what agrees", "correlation", "value", "low", "high", "points"), correlation_rows(comparison))
         print()
-    for one in comparison.suite.advice:
-        print(f"{one.action} {one.benchmark}: {'; '.join(one.reasons)}")
     suite = comparison.suite
-    print(f"\nThose to keep cover {suite.kept_share:.1%} of {suite.features:,} features with {suite.kept_samples:,} of {suite.samples:,} samples.\n")
+    said = [(one.benchmark, one.action if one.action == "keep" else f"{one.action}: {one.partner}", "; ".join(one.reasons)) for one in suite.advice]
+    title = f"Those to keep cover {suite.kept_share:.1%} of {suite.features:,} features with {suite.kept_samples:,} of {suite.samples:,} samples"
+    print_table(("benchmark", "advice", "why"), said, title=title)
+    print()

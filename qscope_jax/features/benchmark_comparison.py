@@ -247,8 +247,13 @@ def _redundancy_correlations(
     if len(there) < FEWEST_POINTS:
         return {}
     measured = np.array([performance[one.name].value for one in there])
-    by = {"R-hat": [one.redundancy for one in there], "R-hat at equal sizes": [one.redundancy_at(equal) for one in there]}
-    return {f"{name} and R": correlate(np.array(values), measured, **_draws(config)) for name, values in by.items()}
+    # Both R-hat and R grow with the number of samples, whose own correlation is the one to beat.
+    by = {
+        "R-hat": [one.redundancy for one in there],
+        "R-hat at equal sizes": [one.redundancy_at(equal) for one in there],
+        "samples": [one.samples for one in there],
+    }
+    return {f"{name} and R": correlate(np.array(values, np.float64), measured, **_draws(config)) for name, values in by.items()}
 
 
 def _overlap_correlations(

@@ -1,7 +1,7 @@
 """Pearson, Spearman and Kendall correlation with bootstrap intervals, over points or over pairs of things."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -58,7 +58,7 @@ def kendall(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
     return float(dx @ dy) / scale if scale > 0 else math.nan
 
 
-_KINDS: dict[Kind, Callable[..., float]] = {"pearson": pearson, "spearman": spearman, "kendall": kendall}
+_KINDS: dict[Kind, Callable[[np.ndarray, np.ndarray], float]] = {"pearson": pearson, "spearman": spearman, "kendall": kendall}
 
 
 def correlate(
@@ -71,9 +71,7 @@ def correlate(
     """
     there = np.isfinite(x) & np.isfinite(y)
     x, y = x[there], y[there]
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(x), size=len(x)) for _ in range(resamples))
-    return _correlations(x, y, ((x[draw], y[draw]) for draw in draws), confidence)
+    return _correlations(x, y, _draws(len(x), resamples, seed), confidence)
 
 
 def correlate_pairs(
@@ -103,29 +101,50 @@ def correlate_pairs(
     upper = np.triu_indices(len(x), 1)
     if over == "pairs":
         return correlate(x[upper], y[upper], resamples=resamples, confidence=confidence, seed=seed)
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(x), size=len(x)) for _ in range(resamples))
-    pairs = ((draw[upper[0]], draw[upper[1]]) for draw in draws)
-    return _correlations(*_points(x, y, *upper), (_points(x, y, first, second) for first, second in pairs), confidence)
+    a, b = x[upper], y[upper]
+    there = np.isfinite(a) & np.isfinite(b)
+    first, second = upper[0][there], upper[1][there]
+    drawn = _draws(len(x), resamples, seed)
+    # Items drawn twice and thrice give a pair six times; an item and its own copy are no pair.
+    return _correlations(a[there], b[there], drawn[:, first] * drawn[:, second], confidence)
 
 
-def _points(x: np.ndarray, y: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    a, b = x[first, second], y[first, second]
-    there = (first != second) & np.isfinite(a) & np.isfinite(b)
-    return a[there], b[there]
+def _draws(count: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of `count` things is in each bootstrap resample, [resamples, count]."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / max(count, 1)), size=resamples).astype(np.float64)
 
 
-def _correlations(x: np.ndarray, y: np.ndarray, samples: Iterator[tuple[np.ndarray, np.ndarray]], confidence: float) -> dict[Kind, Correlation]:
+def _correlations(x: np.ndarray, y: np.ndarray, weights_RN: np.ndarray, confidence: float) -> dict[Kind, Correlation]:
     if len(x) < FEWEST_POINTS:
         raise InputError(f"{len(x)} points to correlate; expected {FEWEST_POINTS} or more, fewer are always on a line")
     if not 0 < confidence < 1:
         raise InputError(f"confidence is {confidence}; expected a number between 0 and 1, such as 0.95")
-    drawn: dict[Kind, list[float]] = {kind: [] for kind in _KINDS}
-    for a, b in samples:
-        if len(a) >= FEWEST_POINTS:
-            for kind, statistic in _KINDS.items():
-                drawn[kind].append(statistic(a, b))
-    return {kind: _interval(statistic(x, y), np.array(drawn[kind]), len(x), confidence) for kind, statistic in _KINDS.items()}
+    drawn = resampled(x, y, weights_RN)
+    return {kind: _interval(statistic(x, y), drawn[kind], len(x), confidence) for kind, statistic in _KINDS.items()}
+
+
+def resampled(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"], weights_RN: Float[np.ndarray, "R N"]) -> dict[Kind, Float[np.ndarray, " R"]]:
+    """The correlations of R resamples, each given by how often it has every point; NaN where undefined, or below three points."""
+    signs = [np.sign(v[:, None] - v[None, :]) for v in (x, y)]
+    together = np.sum(weights_RN @ (signs[0] * signs[1]) * weights_RN, axis=1)
+    untied = [np.sum(weights_RN @ np.abs(sign) * weights_RN, axis=1) for sign in signs]
+    # Weights are whole numbers, so that these sums are 0 exactly where a resample does not vary.
+    defined = (untied[0] > 0) & (untied[1] > 0) & (weights_RN.sum(axis=1) >= FEWEST_POINTS)
+    # The rank of a point in a resample: those below it, and half of those equal to it.
+    ranks = [weights_RN @ (sign < 0) + (weights_RN @ (sign == 0) + 1) / 2 for sign in signs]
+    found: dict[Kind, np.ndarray] = {
+        "pearson": _weighted_pearson(x[None, :], y[None, :], weights_RN, defined),
+        "spearman": _weighted_pearson(ranks[0], ranks[1], weights_RN, defined),
+        "kendall": together / np.sqrt(np.where(defined, untied[0] * untied[1], np.nan)),
+    }
+    return found
+
+
+def _weighted_pearson(x_RN: np.ndarray, y_RN: np.ndarray, weights_RN: np.ndarray, defined: np.ndarray) -> np.ndarray:
+    total = np.maximum(weights_RN.sum(axis=1, keepdims=True), 1)
+    x, y = (v - np.sum(weights_RN * v, axis=1, keepdims=True) / total for v in (x_RN, y_RN))
+    scale = np.sqrt(np.sum(weights_RN * x * x, axis=1) * np.sum(weights_RN * y * y, axis=1))
+    return np.clip(np.sum(weights_RN * x * y, axis=1) / np.where(defined, scale, np.nan), -1, 1)
 
 
 def _interval(value: float, drawn: np.ndarray, points: int, confidence: float) -> Correlation:

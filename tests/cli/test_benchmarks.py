@@ -49,7 +49,7 @@ def test_benchmarks_are_compared_at_every_layer_asked_for(qscope, pair, files, p
     out, page = tmp_path / "o.json", tmp_path / "p.html"
     arguments = ["--layers", "0,2", "--batch-size", 8, "--out", out, "--page", page, "--subsets", 20, "--resamples", 50, *panel]
     answer = qscope("benchmarks", *files.values(), *arguments, *pair)
-    assert answer.status == 0 and not answer.err and "keep " in answer.out and "R-hat and R" in answer.out
+    assert answer.status == 0 and not answer.err and "Those to keep cover" in answer.out and "R-hat and R" in answer.out
     saved = json.loads(out.read_text())
     assert list(saved["layers"]) == ["0", "2"] and saved["config"]["least_samples"] == 10
     for layer in saved["layers"].values():
@@ -121,7 +121,7 @@ def test_a_store_that_cannot_tell_benchmarks_apart_is_refused(refused, store):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no benchmark given; give two or more as NAME=FILE, or --store"),
+        ([], "no benchmark given; give two or more as NAME=FILE, or --store, or tiny"),
         (["plain"], "1 benchmark given (plain); a comparison needs 2 or more"),
         (["plain", "plain"], "benchmark 'plain' is given twice"),
         (["plain", "none=none.jsonl"], "none.jsonl: no such file"),
@@ -156,3 +156,16 @@ def test_answers_alone_give_scores_too(qscope, pair, files, panel, tmp_path):
     assert qscope("benchmarks", *files.values(), *pair, *panel[2:4], "--subsets", 5, "--resamples", 50, "--out", tmp_path / "o.json").status == 0
     found = json.loads((tmp_path / "o.json").read_text())["layers"]["1"]
     assert np.array(found["similarity"]["models"]).min() == 7 and math.isfinite(found["similarity"]["values"][0][1])
+
+
+def test_tiny_is_the_embedded_models_tasks_and_what_its_checkpoints_answered(qscope, pair, monkeypatch, tmp_path):
+    tasks = pytest.importorskip("qscope_jax.demo.tasks").tasks()
+    scores = pytest.importorskip("qscope_jax.demo.task_scores")
+    steps = np.arange(6)
+    correct = {task.name: np.random.default_rng(0).random((6, len(task.samples))) < steps[:, None] / 6 for task in tasks}
+    monkeypatch.setattr(scores, "read_scores", lambda path: scores.CheckpointScores(steps, steps * 1.0, correct))
+    arguments = ["--subsets", 3, "--resamples", 20, "--limit", 12, "--out", tmp_path / "o.json", "--batch-size", 64]
+    assert qscope("benchmarks", "tiny", *pair, *arguments).status == 0
+    found = json.loads((tmp_path / "o.json").read_text())["layers"]["1"]
+    assert found["names"] == [task.name for task in tasks] and found["correlations"]["R-hat and R"]["spearman"]["points"] == len(tasks)
+    assert {one["samples"] for one in found["benchmarks"].values()} <= {10, 12}

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from qscope_jax.errors import InputError
-from qscope_jax.features.correlation import correlate, correlate_pairs, kendall, pearson, spearman
+from qscope_jax.features.correlation import correlate, correlate_pairs, kendall, pearson, resampled, spearman
 
 numbers = st.integers(-5, 5).map(float)
 pairs_of_vectors = st.integers(3, 12).flatmap(lambda n: st.tuples(arrays(float, n, elements=numbers), arrays(float, n, elements=numbers)))
@@ -24,6 +24,17 @@ def test_coefficients_equal_scipys(vectors):
         assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9)
         assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9)
         assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs_of_vectors, st.data())
+def test_resamples_by_weight_equal_resamples_of_points(vectors, data):
+    x, y = vectors
+    weights = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(x), max_size=len(x))))
+    a, b = np.repeat(x, weights), np.repeat(y, weights)
+    found = resampled(x, y, weights[None, :].astype(float))
+    for name, kind in (("pearson", pearson), ("spearman", spearman), ("kendall", kendall)):
+        assert found[name][0] == pytest.approx(kind(a, b) if len(a) >= 3 else math.nan, abs=1e-9, nan_ok=True)
 
 
 def test_an_interval_holds_the_value_and_narrows_with_points():

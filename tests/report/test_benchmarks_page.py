@@ -64,7 +64,7 @@ def test_the_tree_names_its_leaves_in_the_order_of_the_heat_maps(comparison):
 
 def test_rows_of_agreement_are_complete(comparison):
     rows = correlation_rows(comparison)
-    assert len(rows) == 3 * len(comparison.correlations) and len(comparison.correlations) == 6
+    assert len(rows) == 3 * len(comparison.correlations) and len(comparison.correlations) == 7
     assert all(len(row) == 6 for row in rows)
 
 
