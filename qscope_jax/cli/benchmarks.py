@@ -255,7 +255,7 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _show(comparison: "BenchmarkComparison") -> None:
-    from qscope_jax.report.benchmarks_page import correlation_rows
+    from qscope_jax.report.benchmarks_page import advice_rows, correlation_rows
     from qscope_jax.report.terminal import print_table
 
     equal = f"at {comparison.equal_samples:,}"
@@ -270,7 +270,6 @@ def _show(comparison: "BenchmarkComparison") -> None:
         print_table(("what agrees", "correlation", "value", "low", "high", "points"), correlation_rows(comparison))
         print()
     suite = comparison.suite
-    said = [(one.benchmark, one.action if one.action == "keep" else f"{one.action}: {one.partner}", "; ".join(one.reasons)) for one in suite.advice]
     title = f"Those to keep cover {suite.kept_share:.1%} of {suite.features:,} features with {suite.kept_samples:,} of {suite.samples:,} samples"
-    print_table(("benchmark", "advice", "why"), said, title=title)
+    print_table(("benchmark", "advice", "why"), advice_rows(comparison), title=title)
     print()

@@ -71,7 +71,13 @@ def coverage_curves(coverage: Mapping[str, tuple[Sequence[int], Float[np.ndarray
     """
     sizes = sorted({int(size) for chosen, _ in coverage.values() for size in chosen})
     lines = {name: [shares[size - 1] if size <= len(shares) else np.nan for size in sizes] for name, (_, shares) in coverage.items()}
-    return curves(sizes, lines, title="Coverage curves", x_title="samples", y_title="share of the footprint", log_x=True)
+    return named_curves(sizes, lines, title="Coverage curves", x_title="samples", y_title="share of the footprint", log_x=True)
+
+
+def named_curves(x: Sequence[int], lines: Mapping[str, Sequence[float]], **labels: Any) -> "plotly.graph_objects.Figure":
+    """Curves whose names stand beside them in a column, for many of them or long ones; `labels` are those of `curves`."""
+    legend = dict(orientation="v", x=1.02, y=1, xanchor="left", yanchor="top")
+    return curves(x, lines, **labels).update_layout(legend=legend, margin_t=48, height=max(400, 120 + 26 * len(lines)))
 
 
 def _layout(title: str, height: int) -> dict[str, Any]:

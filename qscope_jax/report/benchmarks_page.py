@@ -11,15 +11,14 @@ import numpy as np
 from qscope_jax.features.benchmark_comparison import BenchmarkComparison, curve_sizes
 from qscope_jax.features.benchmark_performance import Similarity
 from qscope_jax.features.correlation import Correlation, Kind
-from qscope_jax.report.benchmark_figures import coverage_curves, scatter, tree
-from qscope_jax.report.figures import curves, heat_map
+from qscope_jax.report.benchmark_figures import coverage_curves, named_curves, scatter, tree
+from qscope_jax.report.figures import heat_map
 from qscope_jax.report.page import Page
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
 _KINDS: tuple[Kind, ...] = ("spearman", "pearson", "kendall")
-_UNDEFINED = Correlation(math.nan, math.nan, math.nan, 0, 0)
 
 
 def write_benchmarks_page(
@@ -72,21 +71,36 @@ def correlation_rows(comparison: BenchmarkComparison) -> list[tuple[str, str, fl
     ]
 
 
+def advice_rows(comparison: BenchmarkComparison) -> list[tuple[str, str, str]]:
+    """Benchmark, advice with the partner it is about, and why, row by row."""
+    return [
+        (one.benchmark, one.action if one.action == "keep" else f"{one.action}: {one.partner}", "; ".join(one.reasons))
+        for one in comparison.suite.advice
+    ]
+
+
 def _add_layers(page: Page, comparisons: Mapping[int, BenchmarkComparison]) -> None:
     page.heading("Layers")
-    names = list(dict.fromkeys(name for one in comparisons.values() for name in one.correlations))
-    if names:
-        lines, bands = {}, {}
-        for name in names:
-            found = [one.correlations[name]["spearman"] if name in one.correlations else _UNDEFINED for one in comparisons.values()]
-            lines[name] = [one.value for one in found]
-            bands[name] = ([one.low for one in found], [one.high for one in found])
-        page.figure(curves(list(comparisons), lines, title="Agreement by layer", x_title="layer", y_title="Spearman correlation", bands=bands))
+    figures = {
+        "R": {name: f"{name} and R" for name in ("R-hat", "R-hat at equal sizes", "samples")},
+        "similarity": {name: f"{name} and similarity" for name in ("overlap_min", "overlap_min at equal sizes")},
+        "partial similarity": {name: f"{name} and partial similarity" for name in ("overlap_min", "overlap_min at equal sizes")},
+    }
+    for what, keys in figures.items():
+        found = {name: [_spearman(one, key) for one in comparisons.values()] for name, key in keys.items()}
+        if any(math.isfinite(value) for values in found.values() for value in values):
+            title = f"Correlation with {what} by layer"
+            figure = named_curves(list(comparisons), found, title=title, x_title="layer", y_title="Spearman correlation")
+            page.figure(figure.update_xaxes(tickvals=list(comparisons)))
     rows = []
     for layer, one in comparisons.items():
         counts = [len(one.suite.names(action)) for action in ("keep", "merge", "drop")]
         rows.append((str(layer), one.suite.features, *counts, one.suite.kept_share))
     page.table(("layer", "features", "keep", "merge", "drop", "kept ones cover"), rows, caption="All benchmarks together, and what is advised")
+
+
+def _spearman(comparison: BenchmarkComparison, key: str) -> float:
+    return comparison.correlations[key]["spearman"].value if key in comparison.correlations else math.nan
 
 
 def _add_advice(page: Page, comparison: BenchmarkComparison) -> None:
@@ -97,24 +111,24 @@ def _add_advice(page: Page, comparison: BenchmarkComparison) -> None:
         f"{suite.kept_samples:,} of {suite.samples:,} samples; with those to merge, {suite.merged_share:.1%} are covered. Benchmarks were taken in "
         "the order of what they add, the one that adds most first."
     )
-    rows = [(one.benchmark, one.action, one.partner, one.adds, one.covered, "; ".join(one.reasons)) for one in suite.advice]
-    page.table(("benchmark", "advice", "partner", "adds features", "covered by those before", "why"), rows)
+    page.table(("benchmark", "advice", "why"), advice_rows(comparison), align=("left", "left", "left"))
 
 
 def _add_redundancy(page: Page, comparison: BenchmarkComparison) -> None:
     page.heading("Footprints and redundancy", 3)
     page.text(
         "A footprint is the union of the features that fire at the last token of each sample. R-hat is the mean coverage over subsets of all sizes, "
-        "times samples over features; it grows with the number of samples, so that sizes are made equal in the column beside it. R is the mean "
-        "Kendall correlation of model accuracies on subsets and on the whole benchmark."
+        "times samples over features, once in closed form and once sampled; it grows with the number of samples, so that sizes are made equal in "
+        "the column beside it. R is the mean Kendall correlation of model accuracies on subsets and on the whole benchmark. The last column is "
+        "how many samples cover 90 % of the footprint in the mean."
     )
-    equal = f"R-hat, {comparison.equal_samples:,} samples"
+    equal = f"R-hat at {comparison.equal_samples:,}"
     rows = []
-    for one, (mean, error) in zip(comparison.footprints, comparison.sampled, strict=True):
+    for one, (sampled, _) in zip(comparison.footprints, comparison.sampled, strict=True):
         measured = comparison.performance.get(one.name)
-        row = (one.name, one.samples, one.silent, one.size, one.area, one.redundancy, f"{mean:.4g} ± {error:.2g}")
+        row = (one.name, one.samples, one.silent, one.size, one.area, one.redundancy, sampled)
         rows.append((*row, one.redundancy_at(comparison.equal_samples), None if measured is None else measured.value, one.samples_for(0.9)))
-    page.table(("benchmark", "samples", "silent", "features", "AUC", "R-hat", "sampled", equal, "R", "samples for 90 %"), rows)
+    page.table(("benchmark", "samples", "silent", "features", "AUC", "R-hat", "sampled", equal, "R", "for 90 %"), rows)
     page.figure(coverage_curves({one.name: (curve_sizes(one.samples).tolist(), one.coverage) for one in comparison.footprints}))
     there = [one for one in comparison.footprints if one.name in comparison.performance]
     if there:

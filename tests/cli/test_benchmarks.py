@@ -57,7 +57,7 @@ def test_benchmarks_are_compared_at_every_layer_asked_for(qscope, pair, files, p
         assert layer["similarity"]["models"] == [[7, 7, 6], [7, 7, 6], [6, 6, 6]] and layer["partial_similarity"]["control"] == "general"
         assert {one["action"] for one in layer["advice"]["advice"]} <= {"keep", "merge", "drop"}
         assert layer["benchmarks"]["plain"]["performance_redundancy"]["models"] == 7
-    assert "Layer 2" in page.read_text() and "Agreement by layer" in page.read_text()
+    assert "Layer 2" in page.read_text() and "Correlation with R by layer" in page.read_text()
 
 
 def test_the_middle_layer_is_read_by_default_and_limits_are_kept(qscope, pair, files, tmp_path):

@@ -53,7 +53,7 @@ def test_a_page_shows_advice_matrices_curves_and_agreement(comparison, tmp_path)
 
 def test_several_layers_are_set_beside_each_other(comparison, tmp_path):
     document = write_benchmarks_page(tmp_path / "p.html", {5: comparison, 7: comparison}).read_text()
-    assert "Agreement by layer" in figures(document) and "Prompts in common" not in document
+    assert "Correlation with R by layer" in figures(document) and "Prompts in common" not in document
 
 
 def test_the_tree_names_its_leaves_in_the_order_of_the_heat_maps(comparison):
