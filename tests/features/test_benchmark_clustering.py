@@ -19,3 +19,10 @@ def test_two_planted_groups_are_found_and_stand_together():
 def test_one_benchmark_is_refused():
     with pytest.raises(InputError, match="1 benchmark given to cluster; expected 2 or more"):
         cluster(np.ones((1, 1)))
+
+
+def test_benchmarks_on_a_line_stand_in_its_order():
+    places = np.array([3.1, 0.0, 4.9, 1.2, 2.0, 4.0, 6.3])
+    found = cluster(1 - np.abs(places[:, None] - places[None, :]) / 10)
+    ordered = places[list(found.order)]
+    assert (np.diff(ordered) > 0).all() or (np.diff(ordered) < 0).all()

@@ -45,6 +45,13 @@ def test_random_subsets_agree_with_enumeration(monkeypatch):
     assert drawn.sizes.tolist() == list(range(1, 13))
 
 
+def test_between_measured_sizes_tau_is_interpolated():
+    correct = np.random.default_rng(6).random((8, 300)) < np.linspace(0.3, 0.7, 8)[:, None]
+    few, all_sizes = (performance_redundancy(correct, subsets=60, points=points) for points in (12, 4000))
+    assert len(few.sizes) == 12 and len(all_sizes.sizes) > 280
+    assert few.value == pytest.approx(all_sizes.value, abs=0.005)
+
+
 def test_a_benchmark_of_copies_is_more_redundant_than_one_of_different_samples():
     rng = np.random.default_rng(1)
     kinds = rng.random((8, 4)) < np.linspace(0.1, 0.9, 8)[:, None]

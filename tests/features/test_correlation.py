@@ -92,3 +92,15 @@ def test_bad_requests_are_refused():
 def test_what_does_not_vary_has_no_correlation_and_no_interval():
     found = correlate(np.ones(5), np.arange(5.0), resamples=50)["kendall"]
     assert math.isnan(found.value) and math.isnan(found.low) and found.resamples == 0
+
+
+def test_a_resample_of_items_has_all_pairs_of_different_items(monkeypatch):
+    rng = np.random.default_rng(5)
+    x, y = (m + m.T for m in rng.random((2, 4, 4)))
+    drawn = [0, 0, 1, 1, 1, 2]
+    weights = np.bincount(drawn, minlength=4).astype(float)
+    monkeypatch.setattr("qscope_jax.features.correlation._draws", lambda count, resamples, seed: np.tile(weights, (resamples, 1)))
+    pairs = [(a, b) for place, a in enumerate(drawn) for b in drawn[place + 1 :] if a != b]
+    expected = stats.spearmanr([x[pair] for pair in pairs], [y[pair] for pair in pairs]).statistic
+    found = correlate_pairs(x, y, resamples=20)["spearman"]
+    assert (found.low, found.high) == pytest.approx((expected, expected))
