@@ -1,5 +1,6 @@
 """All that is known of benchmarks at one layer: footprints, overlaps, redundancy, scores, how the two agree, and what to do."""
 
+import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -169,7 +170,7 @@ def compare_benchmarks(
         InputError: fewer than two benchmarks, one of too few samples or without a feature, scores that are missing or of too few models.
     """
     config = config or ComparisonConfig()
-    check_comparison({name: int(np.shape(last)[0]) for name, last in codes.items()}, config, scores, correct or {}, control)
+    check_comparison({name: typing.cast(tuple[int, int], last.shape)[0] for name, last in codes.items()}, config, scores, correct or {}, control)
     footprints = tuple(footprint(name, last) for name, last in codes.items())
     equal = config.equal_samples or min(one.samples for one in footprints)
     performance = {

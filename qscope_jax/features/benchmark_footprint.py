@@ -5,6 +5,7 @@ their union. Means over subsets of samples need no sampling: a subset of n of N 
 C(N - m, n) / C(N, n).
 """
 
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,7 +122,7 @@ def footprint(name: str, last: csr_array) -> Footprint:
     table = csr_array(last)
     firing = np.flatnonzero(table.data > 0)
     rows = np.searchsorted(table.indptr, firing, side="right") - 1
-    samples, features = (int(size) for size in np.shape(table))
+    samples, features = typing.cast(tuple[int, int], table.shape)
     if not len(firing):
         raise InputError(f"benchmark {name}: none of the last tokens of its {samples} samples fires a feature; check the SAE and the layer")
     counts = np.bincount(table.indices[firing], minlength=features)
@@ -143,19 +144,18 @@ def sampled_redundancy(last: csr_array, *, orders: int = 200, seed: int = 0) -> 
     """
     if orders < 2:
         raise InputError(f"orders is {orders}; a mean with an error needs 2 or more")
-    size = footprint("sampled", last).size
+    one = footprint("sampled", last)
     table = csr_array(last).tocoo()
     fires = table.data > 0
     rows, features = table.coords[0][fires], table.coords[1][fires]
-    samples, width = (int(number) for number in np.shape(table))
     rng = np.random.default_rng(seed)
     found = np.empty(orders)
     for index in range(orders):
-        place = rng.permutation(samples)
-        first = np.full(width, samples)
+        place = rng.permutation(one.samples)
+        first = np.full(len(one.counts), one.samples)
         np.minimum.at(first, features, place[rows])
         # A feature first met at place p is covered by subsets of p + 1, ..., N samples.
-        found[index] = np.sum(samples - first) / size**2
+        found[index] = np.sum(one.samples - first) / one.size**2
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(orders))
 
 

@@ -51,14 +51,14 @@ def tree(joins: Float[np.ndarray, "M 4"], names: Sequence[str], *, title: str, x
     import plotly.graph_objects as go
     from scipy.cluster.hierarchy import dendrogram
 
-    drawn: Mapping[str, Any] = dendrogram(joins, no_plot=True)
+    drawn: dict[str, Any] = dict(dendrogram(joins, no_plot=True))
     figure = go.Figure()
     for distances, places in zip(drawn["dcoord"], drawn["icoord"], strict=True):
         figure.add_scatter(
             x=distances, y=places, mode="lines", line=dict(color=css(COLORS["blue"]), width=2), hovertemplate="%{x:.3f}<extra></extra>"
         )
     # SciPy puts leaves at 5, 15, 25, ...
-    ticks = dict(tickvals=[5 + 10 * place for place in range(len(names))], ticktext=[_plain(names[leaf]) for leaf in drawn["leaves"]])
+    ticks = dict(tickvals=[5 + 10 * place for place in range(len(names))], ticktext=[_plain(names[int(leaf)]) for leaf in drawn["leaves"]])
     y_axis = dict(showgrid=False, zeroline=False, autorange="reversed", **ticks)
     return figure.update_layout(**_layout(title, 130 + 24 * len(names)), xaxis=dict(title=_plain(x_title), rangemode="tozero"), yaxis=y_axis)
 
