@@ -12,7 +12,7 @@ WORDS = ("tea", "garden", "grandmother", "made", "in the", "茶", "花园")
 
 @pytest.fixture(scope="module")
 def pair(model, saes) -> list[str]:
-    return ["--model", model, "--sae", saes]
+    return ["--model", model, "--sae", saes, "--batch-size", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def files(tmp_path_factory) -> dict[str, str]:
     ends = {"plain": WORDS[:4], "again": WORDS[:4], "other": WORDS[4:]}
     found = {}
     for name, words in ends.items():
-        rows = [{"text": f"My {'very ' * (i // len(words))}{name} {words[i % len(words)]}"} for i in range(12 + len(words))]
+        # All of about the same length, so that one program reads them.
+        rows = [{"text": f"{name[:2]} {i:02} {words[i % len(words)]}"} for i in range(12 + len(words))]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         found[name] = f"{name}={folder / name}.jsonl"
     return found
@@ -47,7 +48,7 @@ def panel(tmp_path_factory) -> list[str]:
 
 def test_benchmarks_are_compared_at_every_layer_asked_for(qscope, pair, files, panel, tmp_path):
     out, page = tmp_path / "o.json", tmp_path / "p.html"
-    arguments = ["--layers", "0,2", "--batch-size", 8, "--out", out, "--page", page, "--subsets", 20, "--resamples", 50, *panel]
+    arguments = ["--layers", "0,2", "--out", out, "--page", page, "--subsets", 20, "--resamples", 50, *panel]
     answer = qscope("benchmarks", *files.values(), *arguments, *pair)
     assert answer.status == 0 and not answer.err and "Those to keep cover" in answer.out and "R-hat and R" in answer.out
     saved = json.loads(out.read_text())
@@ -164,7 +165,7 @@ def test_tiny_is_the_embedded_models_tasks_and_what_its_checkpoints_answered(qsc
     steps = np.arange(6)
     correct = {task.name: np.random.default_rng(0).random((6, len(task.samples))) < steps[:, None] / 6 for task in tasks}
     monkeypatch.setattr(scores, "read_scores", lambda path: scores.CheckpointScores(steps, steps * 1.0, correct))
-    arguments = ["--subsets", 3, "--resamples", 20, "--limit", 12, "--out", tmp_path / "o.json", "--batch-size", 64]
+    arguments = ["--subsets", 3, "--resamples", 20, "--limit", 12, "--out", tmp_path / "o.json"]
     assert qscope("benchmarks", "tiny", *pair, *arguments).status == 0
     found = json.loads((tmp_path / "o.json").read_text())["layers"]["1"]
     assert found["names"] == [task.name for task in tasks] and found["correlations"]["R-hat and R"]["spearman"]["points"] == len(tasks)
