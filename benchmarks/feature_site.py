@@ -78,23 +78,25 @@ def random_cards(features: int, *, contexts: int = 10, tokens: int = 48, seed: i
     """Cards with every field filled, some of them dead, dense or explained."""
     rng = np.random.default_rng(seed)
     densities = np.where(rng.random(features) < 0.05, 0.0, 10 ** rng.uniform(-6, -0.5, features))
+    maxima = rng.uniform(2, 40, features)
     for feature in range(features):
         density = float(densities[feature])
         if not density:
             yield FeatureCard(layer=12, feature=feature, density=0.0, text_rate=0.0, maximum=0.0, mean_maximum=0.0)
             continue
-        maximum = float(rng.uniform(2, 40))
+        maximum = float(maxima[feature])
         # Few tokens are common, most are rare, as in texts.
         ids = (50_000 ** rng.random((contexts, tokens))).astype(int)
-        values = np.where(rng.random((contexts, tokens)) < 0.15, rng.uniform(0, maximum, (contexts, tokens)), 0.0)
+        values = maximum * np.maximum(rng.random((contexts, tokens)) - 0.85, 0) / 0.15
         values[:, tokens // 2] = maximum
+        words = (50_000 ** rng.random(20)).astype(int).tolist()
         about = {"language": ("English", "Deutsch", "العربية", "中文")[feature % 4]}
         stretches = [
             Context(i, tokens // 2, 0, tuple(row), tuple(activations), about)
             for i, (row, activations) in enumerate(zip(ids.tolist(), values.tolist(), strict=True))
         ]
         half = max(contexts // 2, 1)
-        edges = np.linspace(0, maximum, 11).tolist()
+        related = rng.integers(0, features, 16).tolist()
         yield FeatureCard(
             layer=12,
             feature=feature,
@@ -102,14 +104,14 @@ def random_cards(features: int, *, contexts: int = 10, tokens: int = 48, seed: i
             text_rate=min(20 * density, 1.0),
             maximum=maximum,
             mean_maximum=maximum / 3,
-            histogram=tuple(zip(edges[:-1], edges[1:], rng.integers(0, 500, 10).tolist(), strict=True)),
+            histogram=tuple((maximum * i / 10, maximum * (i + 1) / 10, count) for i, count in enumerate(rng.integers(0, 500, 10).tolist())),
             groups={"language": tuple(GroupRate(name, 100, 0.4 / (i + 1), density, maximum / 4) for i, name in enumerate(("en", "de", "zh")))},
             top=tuple(stretches[:half]),
             quantiles=(QuantileContexts(maximum / 2, maximum, 40, tuple(stretches[half:])),),
-            promoted=tuple((int(token), 2.0 - i / 10) for i, token in enumerate(ids[0, :10])),
-            suppressed=tuple((int(token), -1.0 + i / 10) for i, token in enumerate(ids[0, 10:20])),
-            neighbours=tuple((int(other), 0.9 - i / 10) for i, other in enumerate(rng.integers(0, features, 8))),
-            cofiring=tuple((int(other), 0.5 - i / 20) for i, other in enumerate(rng.integers(0, features, 8))),
+            promoted=tuple((token, 2.0 - i / 10) for i, token in enumerate(words[:10])),
+            suppressed=tuple((token, -1.0 + i / 10) for i, token in enumerate(words[10:])),
+            neighbours=tuple((other, 0.9 - i / 10) for i, other in enumerate(related[:8])),
+            cofiring=tuple((other, 0.5 - i / 20) for i, other in enumerate(related[8:])),
             explanation=f"texts about the {_WORDS[feature % len(_WORDS)]} of {_WORDS[feature % 7]}" if feature % 3 == 0 else "",
             scores={"detection": 0.8, "fuzzing": 0.7} if feature % 3 == 0 else {},
         )
@@ -147,7 +149,7 @@ def browser(executable: str) -> Iterator[Any]:
 def open_seconds(page: Any, folder: Path) -> float:
     """From the start of the navigation until the list is there and can be searched."""
     page.goto((folder / "index.html").as_uri())
-    page.wait_for_function("performance.getEntriesByName('site-ready').length > 0")
+    page.locator("body[data-ready]").wait_for(state="attached")
     return page.evaluate("performance.getEntriesByName('site-ready')[0].startTime") / 1e3
 
 

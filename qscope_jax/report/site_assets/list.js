@@ -7,6 +7,7 @@ class FeatureList {
     this.index = index;
     this.found = [];
     this.selected = null; // a place in the index
+    this.fresh = true; // whether what was found is new since something was selected
     this.height = parseFloat(getComputedStyle(box).getPropertyValue("--row"));
     box.addEventListener("scroll", () => this.draw(), { passive: true });
     new ResizeObserver(() => this.draw()).observe(box);
@@ -14,31 +15,28 @@ class FeatureList {
 
   show(found) {
     this.found = found;
+    this.fresh = true;
     this.rows.style.height = `${found.length * this.height}px`;
     this.box.scrollTop = 0;
     this.draw();
   }
 
+  // Select a feature, or none: then the one selected before stays in sight.
   select(place) {
+    this.reveal(place ?? this.selected);
     this.selected = place;
-    this.reveal();
+    this.fresh = false;
     this.draw();
   }
 
-  // Position among what was found, -1 where the selected feature is not.
-  position() {
-    return this.selected === null ? -1 : this.found.indexOf(this.selected);
-  }
-
-  // The place `steps` further down, within bounds.
+  // The place `steps` below the selected one, within bounds; counted from above the first where what was found is new.
   neighbour(steps) {
-    if (!this.found.length) return null;
-    const from = this.position();
-    return this.found[from < 0 ? 0 : Math.min(Math.max(from + steps, 0), this.found.length - 1)];
+    const from = this.fresh ? -1 : this.found.indexOf(this.selected);
+    return this.found[Math.min(Math.max(from + steps, 0), this.found.length - 1)];
   }
 
-  reveal() {
-    const at = this.position();
+  reveal(place) {
+    const at = this.found.indexOf(place);
     if (at < 0) return;
     const top = at * this.height;
     const below = top + this.height - this.box.clientHeight;
@@ -52,7 +50,7 @@ class FeatureList {
     const rows = [];
     for (let at = first; at < last; at++) rows.push(this.row(at));
     this.rows.replaceChildren(...rows);
-    const at = this.position();
+    const at = this.found.indexOf(this.selected);
     if (at >= first && at < last) this.box.setAttribute("aria-activedescendant", `feature-${this.index.features[this.selected]}`);
     else this.box.removeAttribute("aria-activedescendant");
   }

@@ -13,10 +13,14 @@ async function start() {
     count.textContent = list.found.length === site.features ? `${number(site.features)} features` : `${number(list.found.length)} of ${number(site.features)} features`;
   };
   for (const control of [show, order_]) control.addEventListener("change", search);
-  query.addEventListener("input", search);
+  query.addEventListener("input", () => {
+    search();
+    // Without a query, the feature that is open is where it was.
+    if (!query.value) list.select(list.selected);
+  });
   query.form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (list.found.length) location.hash = address(index, list.found[0]);
+    if (list.found.length) location.hash = address(index, list.neighbour(0));
   });
   addEventListener("hashchange", () => open(index, list));
   followPointer(view);
@@ -24,6 +28,7 @@ async function start() {
   search();
   await open(index, list);
   performance.mark("site-ready");
+  document.body.dataset.ready = "";
   (window.requestIdleCallback ?? setTimeout)(() => searchTexts(index));
 }
 
@@ -73,9 +78,10 @@ async function contentOf(index, named, place) {
 // For narrow screens, where list and feature take turns.
 function navigation(index, list, named) {
   if (!named) return [];
+  const there = list.found.includes(list.selected);
   const link = (steps, label) => {
     const place = list.neighbour(steps);
-    return place === null || place === list.selected ? null : element("a", { href: address(index, place) }, label);
+    return there && place !== list.selected ? element("a", { href: address(index, place) }, label) : null;
   };
   return [element("div", { class: "turns" }, element("a", { href: "#" }, "← All features"), link(-1, "↑ Previous"), link(1, "↓ Next"))];
 }
@@ -103,5 +109,5 @@ function move(event, index, list, active) {
   event.preventDefault();
   const place = list.neighbour(steps);
   // Going through the list leaves no trail in the history.
-  if (place !== null && place !== list.selected) location.replace(address(index, place));
+  if (all && place !== list.selected) location.replace(address(index, place));
 }
