@@ -174,7 +174,8 @@ def feature_seconds(page: Any, feature: int) -> float:
         """async (feature) => {
           const start = performance.now();
           location.hash = `#feature/${feature}`;
-          while (document.getElementById("view").dataset.feature !== String(feature)) await new Promise(requestAnimationFrame);
+          const shown = () => document.getElementById("view").dataset.feature === String(feature);
+          while (!shown() && performance.now() < start + 30_000) await new Promise(requestAnimationFrame);
           return (performance.now() - start) / 1e3;
         }""",
         feature,

@@ -66,8 +66,10 @@ def opened(chromium, base: str, fragment: str = "", **options: Any):
     page.on("request", lambda request: requests.append(request.url))
     page.goto(f"{base}/index.html{fragment}")
     page.locator("body[data-ready]").wait_for(state="attached")
-    yield page
-    page.close()
+    try:
+        yield page
+    finally:
+        page.close()
     assert not complaints and all(url.startswith((f"{base}/", "data:")) for url in requests)
 
 
@@ -162,9 +164,11 @@ def served(folder: Path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_deep_link_opens_its_feature_from_disk_and_from_a_server(chromium, folder):

@@ -35,7 +35,9 @@ function section(title, ...children) {
 function table(columns, rows) {
   const head = element("tr", {}, ...columns.map(([name, side]) => element("th", { class: side, scope: "col" }, name)));
   const body = rows.map((cells) => element("tr", {}, ...cells.map((cell, i) => element("td", { class: columns[i][1] }, cell))));
-  return element("div", { class: "wide" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
+  // A narrow screen scrolls a wide table sideways, with keys too.
+  const wide = columns.length > 2 ? { tabindex: "0", role: "group", "aria-label": columns[0][0] } : {};
+  return element("div", { class: "wide", ...wide }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
 }
 
 // A number beside a bar as long as its share of the largest.

@@ -13,10 +13,10 @@ const FILTERS = {
 
 const ORDERS = {
   number: ["number", (index) => ascending(index, index.features)],
-  densest: ["density, highest first", (index) => descending(index, index.densities)],
-  rarest: ["density, lowest first", (index) => ascending(index, index.densities)],
-  strongest: ["maximum, highest first", (index) => descending(index, index.maxima)],
-  weakest: ["maximum, lowest first", (index) => ascending(index, index.maxima)],
+  densest: ["densest first", (index) => descending(index, index.densities)],
+  rarest: ["rarest first", (index) => ascending(index, index.densities)],
+  strongest: ["strongest first", (index) => descending(index, index.maxima)],
+  weakest: ["weakest first", (index) => ascending(index, index.maxima)],
   name: ["name", byName],
 };
 
