@@ -1,6 +1,6 @@
 // Histograms as SVG.
 
-const CHART = { width: 320, height: 130, top: 18, bottom: 18 };
+const CHART = { width: 280, height: 120, top: 18, bottom: 18 };
 
 // Bars of (low, high, count); `label` says what an edge reads as.
 function histogram(bins, { name, label, unit }) {

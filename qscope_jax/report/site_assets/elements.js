@@ -43,5 +43,6 @@ function table(columns, rows) {
 // A number beside a bar as long as its share of the largest.
 function bar(share, label, cold = false) {
   const length = Math.min(Math.max(share || 0, 0), 1);
-  return element("span", { class: cold ? "bar n" : "bar", variables: { "--v": length.toFixed(3) } }, element("i", { "aria-hidden": "true" }), element("b", {}, label));
+  const strip = element("i", { "aria-hidden": "true" });
+  return element("span", { class: cold ? "bar n" : "bar", variables: { "--v": length.toFixed(3) } }, strip, element("b", {}, label));
 }

@@ -1,19 +1,23 @@
 // The view of one feature, and the overview that stands there before one is opened.
 
 const SHOWN_GROUPS = 12;
+const KEYS = [
+  ["/", "search"],
+  ["↑ ↓", "open the feature above or below"],
+  ["Enter", "open the first one found"],
+  ["Esc", "clear the search"],
+];
 
 function overview(index) {
   const dead = index.maxima.reduce((count, maximum) => count + !(maximum > 0), 0);
-  const facts = [["layer", number(site.layer)], ["features", number(site.features)], ["dead", `${number(dead)} (${percent(dead / site.features)})`], ...site.about];
+  const counts = [["features", number(site.features)], ["dead", `${number(dead)} (${percent(dead / site.features)})`]];
+  const facts = new Map([["layer", String(site.layer)], ...counts, ...site.about]);
   const chart = densityHistogram(index);
   return [
     element("h2", { tabindex: "-1" }, "Overview"),
-    factList(facts),
+    factList([...facts]),
     chart && section("Features by density", chart, element("p", { class: "note" }, "Density is the share of tokens at which a feature fires.")),
-    section(
-      "Keys",
-      factList([["/", "search"], ["↑ ↓", "open the feature above or below"], ["Enter", "open the first one found"], ["Esc", "clear the search"]], "kbd"),
-    ),
+    section("Keys", factList(KEYS, "kbd")),
   ];
 }
 
@@ -22,7 +26,7 @@ function featureView(index, place, { card, tokens }) {
   return [
     featureHead(index, place, card),
     tiles(
-      card.histogram.length ? section("Texts by maximum", histogram(card.histogram, { name: "Texts by maximum", label: number, unit: "texts" })) : null,
+      maxima(card.histogram),
       logitTable("Promotes", card.promoted, tokens),
       logitTable("Suppresses", card.suppressed, tokens),
     ),
@@ -30,6 +34,11 @@ function featureView(index, place, { card, tokens }) {
     ...card.groups.map(([column, groups]) => section(`By ${column}`, groupTable(column, groups))),
     tiles(featureTable("Nearest directions", "cosine", index, card.neighbours), featureTable("Fires with", "Jaccard", index, card.cofiring)),
   ];
+}
+
+function maxima(bins) {
+  const name = "Texts by maximum";
+  return bins.length ? section(name, histogram(bins, { name, label: number, unit: "texts" })) : null;
 }
 
 function tiles(...sections) {
@@ -61,7 +70,8 @@ function featureHead(index, place, card) {
 }
 
 function factList(facts, tag = "span") {
-  return element("dl", { class: tag === "kbd" ? "keys" : "facts" }, ...facts.map(([name, value]) => element("div", {}, element("dt", {}, element(tag, {}, name)), text("dd", {}, value))));
+  const pairs = facts.map(([name, value]) => element("div", {}, element("dt", {}, element(tag, {}, name)), text("dd", {}, value)));
+  return element("dl", { class: tag === "kbd" ? "keys" : "facts" }, ...pairs);
 }
 
 function contextSections(card, tokens, top) {
@@ -70,7 +80,8 @@ function contextSections(card, tokens, top) {
   if (card.top.length) sections.push(section("Strongest contexts", heatScale(top), ...maps(card.top)));
   for (const [low, high, texts, contexts] of card.quantiles) {
     if (!contexts.length) continue;
-    sections.push(section(`Maximum ${number(low)} to ${number(high)}`, element("p", { class: "note" }, `${contexts.length} of ${number(texts)} texts, drawn at random`), ...maps(contexts)));
+    const note = element("p", { class: "note" }, `${contexts.length} of ${number(texts)} texts, drawn at random`);
+    sections.push(section(`Maximum ${number(low)} to ${number(high)}`, note, ...maps(contexts)));
   }
   return sections;
 }
@@ -84,7 +95,8 @@ function logitTable(title, logits, tokens) {
 
 function featureTable(title, measure, index, features) {
   if (!features.length) return null;
-  return section(title, table([["feature", ""], [measure, "right"]], features.map(([feature, value]) => [featureLink(index, feature), number(value)])));
+  const rows = features.map(([feature, value]) => [featureLink(index, feature), number(value)]);
+  return section(title, table([["feature", ""], [measure, "right"]], rows));
 }
 
 function featureLink(index, feature) {
@@ -102,7 +114,9 @@ function nameNodes(index, place) {
 function groupTable(column, groups) {
   const most = Math.max(...groups.map(([, , rate]) => rate), 1e-12);
   const columns = [[column, ""], ["of its texts", "wide-bar"], ["of its tokens", "right"], ["mean maximum", "right"], ["texts", "right"]];
-  const rows = groups.map(([name, texts, rate, density, mean]) => [element("bdi", {}, name), bar(rate / most, percent(rate)), percent(density), number(mean), number(texts)]);
+  const rows = groups.map(([name, texts, rate, density, mean]) => {
+    return [element("bdi", {}, name), bar(rate / most, percent(rate)), percent(density), number(mean), number(texts)];
+  });
   if (rows.length <= SHOWN_GROUPS) return table(columns, rows);
   const more = element("details", {}, element("summary", {}, `${rows.length - SHOWN_GROUPS} more`), table(columns, rows.slice(SHOWN_GROUPS)));
   return element("div", {}, table(columns, rows.slice(0, SHOWN_GROUPS)), more);

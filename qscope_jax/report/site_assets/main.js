@@ -1,6 +1,6 @@
 // The page: state in the address (#feature/17) and in the three controls; keys.
 
-const [query, show, order_, count, box, view] = ["query", "show", "order", "count", "list", "view"].map((id) => document.getElementById(id));
+const [query, show, sort, count, box, view] = ["query", "show", "order", "count", "list", "view"].map((id) => document.getElementById(id));
 
 start().catch((error) => view.replaceChildren(...failure(error.message)));
 
@@ -9,10 +9,11 @@ async function start() {
   const list = new FeatureList(box, document.getElementById("rows"), index);
   fillControls(index);
   const search = () => {
-    list.show(find(index, query.value, show.value, order_.value));
-    count.textContent = list.found.length === site.features ? `${number(site.features)} features` : `${number(list.found.length)} of ${number(site.features)} features`;
+    list.show(find(index, query.value, show.value, sort.value));
+    const all = `${number(site.features)} features`;
+    count.textContent = list.found.length === site.features ? all : `${number(list.found.length)} of ${all}`;
   };
-  for (const control of [show, order_]) control.addEventListener("change", search);
+  for (const control of [show, sort]) control.addEventListener("change", search);
   query.addEventListener("input", () => {
     search();
     // Without a query, the feature that is open is where it was.
@@ -34,11 +35,11 @@ async function start() {
 
 function fillControls(index) {
   for (const [value, [label, passes]] of Object.entries(FILTERS)) {
-    const number_ = index.features.reduce((sum, _, place) => sum + passes(index, place), 0);
-    const none = (value === "explained" && !number_) || (value === "unexplained" && number_ === site.features);
-    if (!none) show.append(element("option", { value }, value === "all" ? label : `${label}: ${number(number_)}`));
+    const passing = index.features.reduce((sum, _, place) => sum + passes(index, place), 0);
+    const none = (value === "explained" && !passing) || (value === "unexplained" && passing === site.features);
+    if (!none) show.append(element("option", { value }, value === "all" ? label : `${label}: ${number(passing)}`));
   }
-  for (const [value, [label]] of Object.entries(ORDERS)) order_.append(element("option", { value }, label));
+  for (const [value, [label]] of Object.entries(ORDERS)) sort.append(element("option", { value }, label));
 }
 
 function address(index, place) {
