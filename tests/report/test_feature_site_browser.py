@@ -205,6 +205,7 @@ def test_hostile_and_unprintable_text_is_shown_as_it_stands(page, cards):
     assert HOSTILE in heat.locator(".label").text_content()
     # Copied, it is the text itself, with a sign for what is part of a character and a name for what cannot be seen.
     assert heat.locator(".tokens").text_content() == f"{HOSTILE} there\n□□\tU+0007 الصباح"
+    assert [heat.locator(f".tokens .{mark}").count() for mark in ("sp", "nl", "tab", "part", "code")] == [4, 1, 1, 2, 1]
     tokens = heat.locator(".t")
     assert tokens.count() == len(ODD) and heat.locator(".peak").count() == 1
     assert [tokens.nth(i).evaluate("token => token.style.getPropertyValue('--v')") for i in range(5)] == ["1.000", "0.500", "0.200", "0.100", ""]
