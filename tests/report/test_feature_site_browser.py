@@ -267,5 +267,6 @@ def test_what_cannot_be_opened_is_said(chromium, folder, tmp_path):
         feature_seconds(page, NORMAL + 5)
         assert f"no feature {NORMAL + 5}" in page.locator("#view").inner_text()
         (damaged / "data" / "index0.js").unlink()
+        page.set_viewport_size({"width": 360, "height": 740})
         page.goto((damaged / "index.html").as_uri())
         page.get_by_text("data/index0.js could not be read").wait_for()

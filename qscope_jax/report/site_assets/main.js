@@ -2,7 +2,10 @@
 
 const [query, show, sort, count, box, view] = ["query", "show", "order", "count", "list", "view"].map((id) => document.getElementById(id));
 
-start().catch((error) => view.replaceChildren(...failure(error.message)));
+start().catch((error) => {
+  document.body.classList.add("open");
+  view.replaceChildren(...failure(error.message));
+});
 
 async function start() {
   const index = await loadIndex();
