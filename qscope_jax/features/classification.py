@@ -1,0 +1,283 @@
+"""A class of texts by the features that fire on it: no head and no training (Qwen-Scope, arXiv 2605.11887, section 5).
+
+    h[i, f]  = 1 if feature f fires at a counted token of text i                       Eq. 13
+    Delta_f  = P(h = 1 | positive) - P(h = 1 | negative)    on discovery texts         Eq. 14
+    positive iff any of the K features of largest Delta fires                          Eq. 15, OR rule
+    d(l)     = max_f Delta_f; the layer of largest d(l) is taken                       Eq. 16
+    positive iff the best features of any of the m layers of largest d(l) fire         Eq. 17
+
+Thresholds above 0 are an addition to the paper. Whoever calls gives discovery texts only; nothing here splits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from qscope_jax.errors import ConfigError, InputError, ShapeError
+from qscope_jax.features.text_features import TextFeatures
+
+Tables: TypeAlias = Mapping[int, TextFeatures]
+Criterion: TypeAlias = Literal["f1", "balanced"]
+
+KS = (1, 2, 5, 10)
+"""Numbers of features that the paper tries."""
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """How a rule is chosen."""
+
+    k: int | None = None
+    """Features of each layer; None takes the one of `KS` with the highest F1 on the texts it is fitted to."""
+    layers: int = 1
+    """Layers of largest d(l) that are used together."""
+    by: Literal["difference", "f1"] = "difference"
+    """What a layer is chosen by: its d(l), or the F1 of its own rule on the texts it is fitted to."""
+    thresholds: Literal["zero", "f1", "balanced"] = "zero"
+    """What each feature must exceed: 0, or what gives the highest F1 or balanced accuracy, feature after feature."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        if (self.k is not None and self.k < 1) or self.layers < 1:
+            raise ConfigError(f"k is {self.k} and layers is {self.layers}, expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One feature of a rule.
+
+    Attributes:
+        layer: 0-based layer.
+        feature: The feature.
+        difference: Its Delta on the texts that the rule was fitted to.
+        threshold: It fires on a text where its largest activation exceeds this; 0 or more.
+        scale: Its mean activation over the texts on which it fired, by which scores of features are made comparable.
+    """
+
+    layer: int
+    feature: int
+    difference: float
+    threshold: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class FeatureRule:
+    """A text is positive where any feature exceeds its threshold.
+
+    Attributes:
+        terms: The features, W of them, layer after layer, best first.
+    """
+
+    terms: tuple[Term, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers it reads, in the order of its terms."""
+        return tuple(dict.fromkeys(term.layer for term in self.terms))
+
+    def activations(self, tables: Tables) -> Float[np.ndarray, "B W"]:
+        """Each text's largest activation of each feature.
+
+        Raises:
+            InputError: the tables lack a layer.
+            ShapeError: a layer's table has fewer features than the rule needs.
+        """
+        columns: dict[Term, np.ndarray] = {}
+        for layer in self.layers:
+            if layer not in tables:
+                raise InputError(f"the rule reads layer {layer}; the tables are of layers {', '.join(map(str, tables))}")
+            terms = [term for term in self.terms if term.layer == layer]
+            if (highest := max(term.feature for term in terms)) >= tables[layer].num_features:
+                raise ShapeError(
+                    f"the rule reads feature {highest} of layer {layer}, whose table has {tables[layer].num_features}; it is of another SAE"
+                )
+            found = tables[layer].maxima[:, [term.feature for term in terms]].toarray()
+            columns |= dict(zip(terms, found.T, strict=True))
+        return np.stack([columns[term] for term in self.terms], axis=1)
+
+    def predict(self, activations_BW: Float[np.ndarray, "B W"]) -> Bool[np.ndarray, " B"]:
+        """Whether each text is positive, by what `activations` gave."""
+        return (activations_BW > self._row("threshold")).any(axis=1)
+
+    def score(self, activations_BW: Float[np.ndarray, "B W"]) -> Float[np.ndarray, " B"]:
+        """How far the farthest feature of each text exceeds its threshold, in units of the feature's usual activation; positive texts exceed 0."""
+        return ((activations_BW - self._row("threshold")) / self._row("scale")).max(axis=1)
+
+    def with_thresholds(self, activations_BW: Float[np.ndarray, "B W"], positive_B: Bool[np.ndarray, " B"], criterion: Criterion) -> "FeatureRule":
+        """The same features with thresholds tuned, and scales taken, on these texts; see `tune_thresholds`."""
+        tuned = tune_thresholds(activations_BW, positive_B, criterion)
+        return FeatureRule(tuple(map(_rescaled, self.terms, tuned.tolist(), activations_BW.T)))
+
+    def _row(self, name: str) -> Float[np.ndarray, " W"]:
+        return np.array([getattr(term, name) for term in self.terms], np.float32)
+
+
+def firing_differences(
+    features: TextFeatures, positive_B: Bool[np.ndarray, " B"], rows: Int[np.ndarray, " _"] | None = None
+) -> Float[np.ndarray, " F"]:
+    """Delta of every feature: the share of positive texts it fires on less that of negative ones.
+
+    Args:
+        features: A layer's table.
+        positive_B: The class of each of its texts.
+        rows: Texts to look at; None is all.
+
+    Raises:
+        InputError: all texts are of one class.
+        ShapeError: the table is of another number of texts.
+    """
+    if len(positive_B) != len(features):
+        raise ShapeError(f"the table of layer {features.layer} has {len(features)} texts, and {len(positive_B)} classes; give a class for each text")
+    looked_at_B = np.ones(len(features), bool)
+    if rows is not None:
+        looked_at_B[:] = False
+        looked_at_B[rows] = True
+    shares = []
+    for chosen_B in (positive_B & looked_at_B, ~positive_B & looked_at_B):
+        if not chosen_B.any():
+            raise InputError(f"{looked_at_B.sum()} texts are all of one class; firing rates are compared between two")
+        stored = np.repeat(chosen_B, np.diff(features.maxima.indptr))
+        # Counts are whole numbers, so that equal features tie exactly.
+        shares.append(np.bincount(features.maxima.indices[stored], minlength=features.num_features) / chosen_B.sum())
+    return shares[0] - shares[1]
+
+
+def top_features(differences_F: Float[np.ndarray, " F"], count: int) -> Int[np.ndarray, " _"]:
+    """The features of largest difference, best first; ties go to the lower feature, and those that fire no more often on positives are left out."""
+    order = np.argsort(-differences_F, kind="stable")[:count]
+    return order[differences_F[order] > 0]
+
+
+def best_layers(scores: Mapping[int, float], count: int) -> list[int]:
+    """The layers of largest score, best first; ties go to the lower layer."""
+    return sorted(scores, key=lambda layer: (-scores[layer], layer))[:count]
+
+
+def fit_rule(
+    tables: Tables,
+    positive_B: Bool[np.ndarray, " B"],
+    config: RuleConfig | None = None,
+    *,
+    rows: Int[np.ndarray, " _"] | None = None,
+    differences: Mapping[int, Float[np.ndarray, " F"]] | None = None,
+) -> FeatureRule:
+    """Choose layers and features, and tune thresholds if asked to.
+
+    Args:
+        tables: The layers to choose from.
+        positive_B: The class of each text.
+        config: How to choose.
+        rows: Texts to fit to; None is all. The others are not looked at.
+        differences: What `firing_differences` gives for the same texts, where it is known.
+
+    Raises:
+        InputError: all texts are of one class, or no feature of any layer fires more often on positive texts.
+        ShapeError: tables and classes differ in number.
+    """
+    config = config or RuleConfig()
+    rows = np.arange(len(positive_B)) if rows is None else rows
+    differences = differences or {layer: firing_differences(table, positive_B, rows) for layer, table in tables.items()}
+    tops = {layer: float(found.max()) for layer, found in differences.items()}
+    usable = {layer: top for layer, top in tops.items() if top > 0}
+    if not usable:
+        texts = f"{int(positive_B[rows].sum())} positive and {int((~positive_B[rows]).sum())} negative texts"
+        raise InputError(
+            f"no feature of layers {', '.join(map(str, tables))} fires more often on positive texts ({texts}); give other layers or texts"
+        )
+    candidates = KS if config.k is None else (config.k,)
+    if config.by == "difference":
+        chosen = {k: best_layers(usable, config.layers) for k in candidates}
+    else:
+        own = {k: {layer: _f1(_rule(tables, [layer], k, positive_B, rows, differences, config), tables, positive_B, rows) for layer in usable}
+               for k in candidates}  # fmt: skip
+        chosen = {k: best_layers(own[k], config.layers) for k in candidates}
+    rules = [_rule(tables, chosen[k], k, positive_B, rows, differences, config) for k in candidates]
+    # The first of equals: fewer features.
+    return rules[0] if len(rules) == 1 else max(rules, key=lambda rule: _f1(rule, tables, positive_B, rows))
+
+
+def tune_thresholds(activations_BW: Float[np.ndarray, "B W"], positive_B: Bool[np.ndarray, " B"], criterion: Criterion) -> Float[np.ndarray, " W"]:
+    """Thresholds in the order of the columns: each gives the best score that is possible with those before it, so that more features never hurt.
+
+    A feature that only adds errors gets its largest activation, and so never fires on these texts.
+    """
+    caught_B = np.zeros(len(positive_B), bool)
+    thresholds = []
+    for column in activations_BW.T:
+        thresholds.append(best_threshold(column, positive_B, criterion, caught_B=caught_B, floor=0.0))
+        caught_B = caught_B | (column > np.float32(thresholds[-1]))
+    return np.array(thresholds, np.float32)
+
+
+def best_threshold(
+    score_B: Float[np.ndarray, " B"],
+    positive_B: Bool[np.ndarray, " B"],
+    criterion: Criterion,
+    *,
+    caught_B: Bool[np.ndarray, " B"] | None = None,
+    floor: float | None = None,
+) -> float:
+    """The threshold that gives the best F1 or balanced accuracy when all texts that exceed it are called positive.
+
+    It lies midway between two scores. Of thresholds that are equally good the lowest is taken.
+
+    Args:
+        score_B: A number for each text.
+        positive_B: The class of each.
+        criterion: `f1` or `balanced`.
+        caught_B: Texts that are called positive whatever their score.
+        floor: The least threshold.
+    """
+    caught_B = np.zeros(len(positive_B), bool) if caught_B is None else caught_B
+    scores = np.asarray(score_B, np.float32)
+    levels = np.unique(scores if floor is None else scores[scores > floor])[::-1]
+    if not len(levels):
+        return float(floor or 0.0)
+    # Of each cut, from "none" to "all levels": texts called positive, by class. A cut after j levels calls those of the first j.
+    places = np.searchsorted(-levels, -scores)
+    classes = (positive_B, ~positive_B)
+    counts = [np.bincount(places[of_class & ~caught_B], minlength=len(levels) + 1)[: len(levels)] for of_class in classes]
+    always = [(caught_B & of_class).sum() for of_class in classes]
+    hits, alarms = (np.concatenate([[0], np.cumsum(count)]) + caught for count, caught in zip(counts, always, strict=True))
+    positives, negatives = max(positive_B.sum(), 1), max((~positive_B).sum(), 1)
+    quality = 2 * hits / (hits + alarms + positives) if criterion == "f1" else (hits / positives + 1 - alarms / negatives) / 2
+    cut = len(quality) - 1 - int(np.argmax(quality[::-1]))
+    if cut == 0:
+        return float(levels[0])
+    if cut == len(levels):
+        return floor if floor is not None else float(np.nextafter(levels[-1], np.float32(-np.inf)))
+    above, below = levels[cut - 1], levels[cut]
+    middle = np.float32((float(above) + float(below)) / 2)
+    return float(middle if middle < above else below)
+
+
+def _rule(
+    tables: Tables,
+    layers: Sequence[int],
+    k: int,
+    positive_B: np.ndarray,
+    rows: np.ndarray,
+    differences: Mapping[int, np.ndarray],
+    config: RuleConfig,
+) -> FeatureRule:
+    """The rule over the k best features of these layers."""
+    terms = [Term(layer, int(feature), float(differences[layer][feature])) for layer in layers for feature in top_features(differences[layer], k)]
+    rule = FeatureRule(tuple(terms))
+    activations_BW = rule.activations(tables)[rows]
+    if config.thresholds == "zero":
+        return FeatureRule(tuple(map(_rescaled, rule.terms, [0.0] * len(terms), activations_BW.T)))
+    return rule.with_thresholds(activations_BW, positive_B[rows], config.thresholds)
+
+
+def _rescaled(term: Term, threshold: float, activation_B: np.ndarray) -> Term:
+    firing = activation_B[activation_B > 0]
+    return replace(term, threshold=float(threshold), scale=float(firing.mean()) if len(firing) else 1.0)
+
+
+def _f1(rule: FeatureRule, tables: Tables, positive_B: np.ndarray, rows: np.ndarray) -> float:
+    called_B, truth_B = rule.predict(rule.activations(tables)[rows]), positive_B[rows]
+    return float(2 * (called_B & truth_B).sum() / max(called_B.sum() + truth_B.sum(), 1))
