@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from qscope_jax.errors import ConfigError, InputError, ShapeError
+from qscope_jax.features.classification_scores import f1_of
 from qscope_jax.features.text_features import TextFeatures
 
 Tables: TypeAlias = Mapping[int, TextFeatures]
@@ -279,5 +280,4 @@ def _rescaled(term: Term, threshold: float, activation_B: np.ndarray) -> Term:
 
 
 def _f1(rule: FeatureRule, tables: Tables, positive_B: np.ndarray, rows: np.ndarray) -> float:
-    called_B, truth_B = rule.predict(rule.activations(tables)[rows]), positive_B[rows]
-    return float(2 * (called_B & truth_B).sum() / max(called_B.sum() + truth_B.sum(), 1))
+    return f1_of(rule.predict(rule.activations(tables)[rows]), positive_B[rows])

@@ -96,6 +96,11 @@ def binary_scores(
     return BinaryScores(len(positive_B), int(positive_B.sum()), *(Interval(*map(float, found)) for found in zip(point, *bounds, strict=True)))
 
 
+def f1_of(called_B: Bool[np.ndarray, " B"], positive_B: Bool[np.ndarray, " B"]) -> float:
+    """F1 of answers; 0 where no text is positive and none is called so."""
+    return float(2 * (called_B & positive_B).sum() / max(called_B.sum() + positive_B.sum(), 1))
+
+
 def _bootstrap(counts_CU: np.ndarray, called_U: np.ndarray, level_U: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """The scores [5, samples] of resampled answers."""
     rng = np.random.default_rng(seed)
