@@ -20,6 +20,7 @@ VERBS = {
     "train-sae": "train sparse autoencoders on a model's residual streams",
     "cache-activations": "write residual streams to disk, to train on them many times",
     "eval-sae": "measure how faithful sparse autoencoders are",
+    "classify": "tell classes of texts apart by the features that fire",
 }
 _INTERRUPTED = 130
 

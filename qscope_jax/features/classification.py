@@ -108,6 +108,13 @@ class FeatureRule:
         """How far the farthest feature of each text exceeds its threshold, in units of the feature's usual activation; positive texts exceed 0."""
         return ((activations_BW - self._row("threshold")) / self._row("scale")).max(axis=1)
 
+    def strongest(self, tables: Tables, text: int) -> tuple[int, int]:
+        """Layer and feature that exceed their threshold farthest in a text, or come nearest to it."""
+        own = {layer: tables[layer].select([text]) for layer in self.layers}
+        margins_W = (self.activations(own)[0] - self._row("threshold")) / self._row("scale")
+        term = self.terms[int(np.argmax(margins_W))]
+        return term.layer, term.feature
+
     def with_thresholds(self, activations_BW: Float[np.ndarray, "B W"], positive_B: Bool[np.ndarray, " B"], criterion: Criterion) -> "FeatureRule":
         """The same features with thresholds tuned, and scales taken, on these texts; see `tune_thresholds`."""
         tuned = tune_thresholds(activations_BW, positive_B, criterion)

@@ -1,7 +1,7 @@
 """Texts of two classes, perhaps of several languages, in halves to choose on and to score."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -64,6 +64,22 @@ class LabelledData:
             return {"all": self.halves}
         names = np.asarray(self.languages, object)
         return {name: self.halves.of(names == name) for name in sorted(set(self.languages))}
+
+    def only(self, languages: Sequence[str]) -> "LabelledData":
+        """The texts of some languages.
+
+        Raises:
+            InputError: the texts have no languages, or not these.
+        """
+        known = sorted(set(self.languages or ()))
+        if missing := [name for name in languages if name not in known]:
+            raise InputError(f"no text is of language {missing[0]!r}; texts are of {', '.join(map(repr, known)) or 'languages not named'}")
+        assert self.languages is not None
+        kept_B = np.isin(np.asarray(self.languages, object), list(languages))
+        border, chosen = len(self.split.discovery), np.flatnonzero(kept_B)
+        split = replace(self.split, discovery=self.split.discovery[kept_B[:border]], evaluation=self.split.evaluation[kept_B[border:]])
+        texts, names = (tuple(values[i] for i in chosen) for values in (self.texts, self.languages))
+        return replace(self, texts=texts, rows=self.rows[kept_B], positive_B=self.positive_B[kept_B], languages=names, split=split)
 
 
 def label_data(
