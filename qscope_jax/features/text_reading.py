@@ -32,7 +32,7 @@ class ReadingConfig:
     max_norm_multiple: float = MAX_NORM_MULTIPLE
     """Do not count tokens whose norm exceeds this multiple of the median of their text; 0 counts all."""
     max_tokens: int = 512
-    """Read at most so many tokens of a text."""
+    """Read at most so many tokens of a text, and no more than the model has positions."""
     batch_size: int = 16
     """Texts in a forward pass."""
 
@@ -70,7 +70,7 @@ def read_texts(model: LanguageModel, saes: Sequence[LayerSAE], texts: Sequence[s
     for sae in saes:
         sae.check_width(model.config.d_model, model.name)
         model.check_layer(sae.layer)
-    ids = [row[: config.max_tokens] for row in model.tokenize(texts)]
+    ids = _token_ids(model, texts, config)
     # Texts of similar length share a batch, which saves padding.
     order = np.argsort([len(row) for row in ids], kind="stable")
     parts: dict[int, list[LayerReading]] = {layer: [] for layer in layers}
@@ -92,13 +92,18 @@ def token_rows(model: LanguageModel, texts: Sequence[str], config: ReadingConfig
     Raises:
         InputError: no text, or an empty one.
     """
-    return next(_batches([row[: config.max_tokens] for row in model.tokenize(texts)], len(texts)))
+    return next(_batches(_token_ids(model, texts, config), len(texts)))
 
 
 def counted_tokens(x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], max_norm_multiple: float, drop_first: bool) -> Bool[Array, "B T"]:
     """True at tokens that count, by the median of their own row; see `ordinary_tokens`."""
     one = partial(ordinary_tokens, max_norm_multiple=max_norm_multiple, drop_first=drop_first)
     return jax.vmap(lambda x_TD, ids_T: one(x_TD[None], ids_T[None])[0])(x, segment_ids)
+
+
+def _token_ids(model: LanguageModel, texts: Sequence[str], config: ReadingConfig) -> list[list[int]]:
+    longest = min(config.max_tokens, model.config.max_positions)
+    return [row[:longest] for row in model.tokenize(texts)]
 
 
 def _batches(ids: Sequence[Sequence[int]], size: int) -> Iterator[TokenBatch]:
