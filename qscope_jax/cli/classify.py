@@ -283,7 +283,7 @@ def _show_report(found: "Study") -> None:
         print_table(("found on", *found.transfer.languages), rows, title="F1 of a rule found on one language and applied to another")
         print()
     curve = found.efficiency
-    rows = [(budget, float(curve.by_difference[p].mean()), curve.kept(p), float(curve.hindsight[p].mean())) for p, budget in enumerate(curve.budgets)]
+    rows = [(budget, float(curve.chosen[p].mean()), curve.kept(p), float(curve.hindsight[p].mean())) for p, budget in enumerate(curve.budgets)]
     print_table(
         ("texts of a class", "F1", "share kept", "F1, layer in hindsight"), rows, title=f"With fewer texts to choose {found.efficiency_k} features on"
     )

@@ -6,7 +6,8 @@
     d(l)     = max_f Delta_f; the layer of largest d(l) is taken                       Eq. 16
     positive iff the best features of any of the m layers of largest d(l) fire         Eq. 17
 
-Thresholds above 0 are an addition to the paper. Whoever calls gives discovery texts only; nothing here splits.
+Thresholds above 0 are an addition to the paper: Delta_f is then the largest that any threshold of the feature gives, so that a feature which
+fires on most texts, but strongly on those of the class, is found too. Whoever calls gives discovery texts; nothing here splits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,14 @@ from qscope_jax.features.text_features import TextFeatures
 Tables: TypeAlias = Mapping[int, TextFeatures]
 Criterion: TypeAlias = Literal["f1", "balanced"]
 
+Thresholds: TypeAlias = Literal["zero", "f1", "balanced"]
+
 KS = (1, 2, 5, 10)
 """Numbers of features that the paper tries."""
+
+
+class NoFeatureError(InputError):
+    """No feature fires more often on texts of the class than on others."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class RuleConfig:
     """Layers of largest d(l) that are used together."""
     by: Literal["difference", "f1"] = "difference"
     """What a layer is chosen by: its d(l), or the F1 of its own rule on the texts it is fitted to."""
-    thresholds: Literal["zero", "f1", "balanced"] = "zero"
+    thresholds: Thresholds = "zero"
     """What each feature must exceed: 0, or what gives the highest F1 or balanced accuracy, feature after feature."""
 
     def __post_init__(self):
@@ -53,7 +60,7 @@ class Term:
     Attributes:
         layer: 0-based layer.
         feature: The feature.
-        difference: Its Delta on the texts that the rule was fitted to.
+        difference: Its Delta on the texts that the rule was fitted to; with tuned thresholds the largest over thresholds.
         threshold: It fires on a text where its largest activation exceeds this; 0 or more.
         scale: Its mean activation over the texts on which it fired, by which scores of features are made comparable.
     """
@@ -125,7 +132,7 @@ class FeatureRule:
 
 
 def firing_differences(
-    features: TextFeatures, positive_B: Bool[np.ndarray, " B"], rows: Int[np.ndarray, " _"] | None = None
+    features: TextFeatures, positive_B: Bool[np.ndarray, " _"], rows: Int[np.ndarray, " _"] | None = None
 ) -> Float[np.ndarray, " F"]:
     """Delta of every feature: the share of positive texts it fires on less that of negative ones.
 
@@ -138,20 +145,49 @@ def firing_differences(
         InputError: all texts are of one class.
         ShapeError: the table is of another number of texts.
     """
-    if len(positive_B) != len(features):
-        raise ShapeError(f"the table of layer {features.layer} has {len(features)} texts, and {len(positive_B)} classes; give a class for each text")
-    looked_at_B = np.ones(len(features), bool)
-    if rows is not None:
-        looked_at_B[:] = False
-        looked_at_B[rows] = True
     shares = []
-    for chosen_B in (positive_B & looked_at_B, ~positive_B & looked_at_B):
-        if not chosen_B.any():
-            raise InputError(f"{looked_at_B.sum()} texts are all of one class; firing rates are compared between two")
+    for chosen_B in _classes(features, positive_B, rows):
         stored = np.repeat(chosen_B, np.diff(features.maxima.indptr))
         # Counts are whole numbers, so that equal features tie exactly.
         shares.append(np.bincount(features.maxima.indices[stored], minlength=features.num_features) / chosen_B.sum())
     return shares[0] - shares[1]
+
+
+def threshold_differences(
+    features: TextFeatures, positive_B: Bool[np.ndarray, " _"], rows: Int[np.ndarray, " _"] | None = None
+) -> Float[np.ndarray, " F"]:
+    """The largest Delta of every feature over all thresholds that it may have to exceed; 0 for one that never fires.
+
+    Args, errors and shapes are those of `firing_differences`, whose threshold is 0.
+    """
+    inside_B, outside_B = _classes(features, positive_B, rows)
+    looked_at_B = inside_B | outside_B
+    lengths = np.diff(features.maxima.indptr)
+    stored = np.repeat(looked_at_B, lengths)
+    columns, values = features.maxima.indices[stored], features.maxima.data[stored]
+    positive = np.repeat(inside_B, lengths)[stored]
+    order = np.lexsort((-values, columns))
+    columns, values, positive = columns[order], values[order], positive[order]
+    found_F = np.zeros(features.num_features)
+    if not len(columns):
+        return found_F
+    starts = np.flatnonzero(np.diff(columns, prepend=-1))
+    # Of each entry, texts of either class on which its feature is as active or more.
+    sums = [np.concatenate([[0], np.cumsum(of_class)]) for of_class in (positive, ~positive)]
+    before = np.repeat(starts, np.diff(starts, append=len(columns)))
+    hits, alarms = (total[1:] - total[before] for total in sums)
+    deltas = hits / inside_B.sum() - alarms / outside_B.sum()
+    # A threshold cannot part equal activations.
+    parted = np.append((np.diff(columns) != 0) | (np.diff(values) != 0), True)
+    found_F[columns[starts]] = np.maximum.reduceat(np.where(parted, deltas, -np.inf), starts)
+    return found_F
+
+
+def rule_differences(
+    features: TextFeatures, positive_B: Bool[np.ndarray, " _"], rows: Int[np.ndarray, " _"] | None, thresholds: Thresholds
+) -> Float[np.ndarray, " F"]:
+    """What a rule with these thresholds ranks features by."""
+    return (firing_differences if thresholds == "zero" else threshold_differences)(features, positive_B, rows)
 
 
 def top_features(differences_F: Float[np.ndarray, " F"], count: int) -> Int[np.ndarray, " _"]:
@@ -171,7 +207,6 @@ def fit_rule(
     config: RuleConfig | None = None,
     *,
     rows: Int[np.ndarray, " _"] | None = None,
-    differences: Mapping[int, Float[np.ndarray, " F"]] | None = None,
 ) -> FeatureRule:
     """Choose layers and features, and tune thresholds if asked to.
 
@@ -180,20 +215,20 @@ def fit_rule(
         positive_B: The class of each text.
         config: How to choose.
         rows: Texts to fit to; None is all. The others are not looked at.
-        differences: What `firing_differences` gives for the same texts, where it is known.
 
     Raises:
-        InputError: all texts are of one class, or no feature of any layer fires more often on positive texts.
+        InputError: all texts are of one class.
+        NoFeatureError: no feature of any layer fires more often on positive texts.
         ShapeError: tables and classes differ in number.
     """
     config = config or RuleConfig()
     rows = np.arange(len(positive_B)) if rows is None else rows
-    differences = differences or {layer: firing_differences(table, positive_B, rows) for layer, table in tables.items()}
+    differences = {layer: rule_differences(table, positive_B, rows, config.thresholds) for layer, table in tables.items()}
     tops = {layer: float(found.max()) for layer, found in differences.items()}
     usable = {layer: top for layer, top in tops.items() if top > 0}
     if not usable:
         texts = f"{int(positive_B[rows].sum())} positive and {int((~positive_B[rows]).sum())} negative texts"
-        raise InputError(
+        raise NoFeatureError(
             f"no feature of layers {', '.join(map(str, tables))} fires more often on positive texts ({texts}); give other layers or texts"
         )
     candidates = KS if config.k is None else (config.k,)
@@ -279,6 +314,20 @@ def _rule(
     if config.thresholds == "zero":
         return FeatureRule(tuple(map(_rescaled, rule.terms, [0.0] * len(terms), activations_BW.T)))
     return rule.with_thresholds(activations_BW, positive_B[rows], config.thresholds)
+
+
+def _classes(features: TextFeatures, positive_B: np.ndarray, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the texts looked at are positive, and which negative."""
+    if len(positive_B) != len(features):
+        raise ShapeError(f"the table of layer {features.layer} has {len(features)} texts, and {len(positive_B)} classes; give a class for each text")
+    looked_at_B = np.ones(len(features), bool)
+    if rows is not None:
+        looked_at_B[:] = False
+        looked_at_B[rows] = True
+    inside_B, outside_B = positive_B & looked_at_B, ~positive_B & looked_at_B
+    if not inside_B.any() or not outside_B.any():
+        raise InputError(f"{looked_at_B.sum()} texts are all of one class; firing rates are compared between two")
+    return inside_B, outside_B
 
 
 def _rescaled(term: Term, threshold: float, activation_B: np.ndarray) -> Term:

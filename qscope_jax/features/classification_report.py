@@ -14,8 +14,10 @@ from qscope_jax.errors import InputError
 from qscope_jax.features.classification import (
     KS,
     FeatureRule,
+    NoFeatureError,
     RuleConfig,
     Tables,
+    Thresholds,
     best_layers,
     firing_differences,
     fit_rule,
@@ -62,8 +64,8 @@ class Sweep:
         return self.layers[layer], self.ks[k]
 
 
-def sweep(tables: Tables, halves: LabelledHalves, ks: Sequence[int] = KS) -> Sweep:
-    """Rules with threshold 0 for every layer and number of features. A layer without a feature for the class calls nothing positive.
+def sweep(tables: Tables, halves: LabelledHalves, ks: Sequence[int] = KS, thresholds: Thresholds = "zero") -> Sweep:
+    """Rules for every layer and number of features. A layer without a feature for the class calls nothing positive.
 
     Raises:
         InputError: all texts of a half are of one class.
@@ -72,13 +74,19 @@ def sweep(tables: Tables, halves: LabelledHalves, ks: Sequence[int] = KS) -> Swe
     tops, features = [], []
     scores = np.zeros((2, len(layers), len(ks)))
     for m, layer in enumerate(layers):
-        differences = firing_differences(tables[layer], halves.positive_B, halves.discovery)
-        best = top_features(differences, max(ks))
-        tops.append(float(differences.max()))
-        features.append(tuple(best.tolist()))
-        fires_BK = tables[layer].maxima[:, best].toarray() > 0
+        try:
+            rule = fit_rule({layer: tables[layer]}, halves.positive_B, RuleConfig(max(ks), thresholds=thresholds), rows=halves.discovery)
+        except NoFeatureError:
+            tops.append(0.0)
+            features.append(())
+            continue
+        tops.append(rule.terms[0].difference)
+        features.append(tuple(term.feature for term in rule.terms))
+        activations_BW = rule.activations(tables)
         for (h, half), (j, k) in product(enumerate((halves.discovery, halves.evaluation)), enumerate(ks)):
-            scores[h, m, j] = f1_of(fires_BK[half, :k].any(axis=1), halves.positive_B[half])
+            # Thresholds are tuned one after the other, so that the rule over fewer features is the beginning of this one.
+            called_B = FeatureRule(rule.terms[:k]).predict(activations_BW[half, :k])
+            scores[h, m, j] = f1_of(called_B, halves.positive_B[half])
     return Sweep(layers, tuple(ks), tuple(tops), tuple(features), scores[0], scores[1])
 
 
@@ -125,7 +133,7 @@ def transfer(tables: Tables, halves: Mapping[str, LabelledHalves], config: RuleC
     for row, source in enumerate(languages):
         try:
             rule = fit_rule(tables, halves[source].positive_B, config, rows=halves[source].discovery)
-        except InputError:
+        except NoFeatureError:
             layers.append(-1)
             continue
         called_B = rule.predict(rule.activations(tables))
@@ -149,29 +157,34 @@ class Efficiency:
 
     Attributes:
         budgets: Discovery texts of each class and language at P shares, as a mean over languages.
-        by_difference: With the layer of largest d(l) on the texts drawn.
+        chosen: With the layer chosen on the texts drawn.
         hindsight: With the layer that is best on the evaluation texts, as the paper does.
     """
 
     budgets: tuple[float, ...]
-    by_difference: Float[np.ndarray, "P S"]
+    chosen: Float[np.ndarray, "P S"]
     hindsight: Float[np.ndarray, "P S"]
 
-    def kept(self, place: int, how: str = "by_difference") -> float:
+    def kept(self, place: int, how: str = "chosen") -> float:
         """The mean F1 at a share as a share of that with all texts, which come last."""
         means = getattr(self, how).mean(axis=1)
         return float(means[place] / means[-1]) if means[-1] else float("nan")
 
 
 def data_efficiency(
-    tables: Tables, halves: Mapping[str, LabelledHalves], *, k: int = 1, shares: Sequence[float] = SHARES, seeds: int = 5
+    tables: Tables,
+    halves: Mapping[str, LabelledHalves],
+    config: RuleConfig | None = None,
+    *,
+    shares: Sequence[float] = SHARES,
+    seeds: int = 5,
 ) -> Efficiency:
     """Choose features on few texts of each class, drawn several times, and score them on the same evaluation texts.
 
     Args:
         tables: The layers to choose from.
         halves: The halves of each language; with one language give one.
-        k: Features of a rule.
+        config: How the rule is chosen. For the best layer in hindsight each layer has a rule of its own.
         shares: Shares of each class's discovery texts, ascending to 1. At least one text of each class is drawn.
         seeds: Draws of each share; smaller ones are part of larger ones.
 
@@ -193,7 +206,17 @@ def data_efficiency(
             for p, share in enumerate(shares):
                 rows = np.concatenate([order[: max(round(share * len(order)), 1)] for order in orders])
                 budgets[p, j] = len(rows) / 2
-                found = sweep(own, LabelledHalves(positive_B, rows, evaluation), (k,))
-                chosen[p, seed, j] = found.evaluation_f1[found.layers.index(found.by_difference), 0]
-                best[p, seed, j] = found.evaluation_f1.max()
+                drawn = LabelledHalves(positive_B, rows, evaluation)
+                chosen[p, seed, j] = _evaluation_f1(own, drawn, config)
+                best[p, seed, j] = max(_evaluation_f1({layer: table}, drawn, config) for layer, table in own.items())
     return Efficiency(tuple(budgets.mean(axis=1).tolist()), chosen.mean(axis=2), best.mean(axis=2))
+
+
+def _evaluation_f1(tables: Tables, halves: LabelledHalves, config: RuleConfig | None) -> float:
+    """F1 of a rule on the evaluation half; 0 where there is none."""
+    try:
+        rule = fit_rule(tables, halves.positive_B, config, rows=halves.discovery)
+    except NoFeatureError:
+        return 0.0
+    called_B = rule.predict(rule.activations(tables)[halves.evaluation])
+    return f1_of(called_B, halves.positive_B[halves.evaluation])

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from qscope_jax.errors import InputError
-from qscope_jax.features.classification import KS, FeatureRule, RuleConfig, Tables, fit_rule
+from qscope_jax.features.classification import KS, FeatureRule, NoFeatureError, RuleConfig, Tables, fit_rule
 from qscope_jax.features.classification_report import (
     SHARES,
     Efficiency,
@@ -115,7 +114,7 @@ class Study:
             "efficiency": {
                 "k": self.efficiency_k,
                 "texts_of_a_class": self.efficiency.budgets,
-                "by_difference": self.efficiency.by_difference,
+                "layer_chosen": self.efficiency.chosen,
                 "hindsight": self.efficiency.hindsight,
             },
         }
@@ -140,14 +139,14 @@ def study(tables: Tables, data: LabelledData, streams: Streams | None = None, co
     config = config or StudyConfig()
     by_language = data.by_language
     several = len(by_language) > 1
-    k = config.rule.k or _EFFICIENCY_K
+    rule = config.rule if config.rule.k else replace(config.rule, k=_EFFICIENCY_K)
     return Study(
         data,
         {name: _language(tables, data, halves, streams or {}, config) for name, halves in by_language.items()},
         transfer(tables, by_language, config.rule) if several else None,
         jaccard(tables, by_language, config.top) if several else {},
-        data_efficiency(tables, by_language, k=k, shares=config.shares, seeds=config.seeds),
-        k,
+        data_efficiency(tables, by_language, rule, shares=config.shares, seeds=config.seeds),
+        rule.k or _EFFICIENCY_K,
     )
 
 
@@ -161,7 +160,7 @@ def example_texts(rule: FeatureRule, tables: Tables, halves: LabelledHalves, cou
 
 
 def _language(tables: Tables, data: LabelledData, halves: LabelledHalves, streams: Streams, config: StudyConfig) -> LanguageStudy:
-    swept = sweep(tables, halves, config.ks)
+    swept = sweep(tables, halves, config.ks, config.rule.thresholds)
     methods: list[Method] = []
     rule: FeatureRule | None = None
     variants = {
@@ -179,10 +178,8 @@ def _language(tables: Tables, data: LabelledData, halves: LabelledHalves, stream
                 methods.append(Method(name, found.layers, len(found.terms), score_rule(found, tables, halves, **settings)))
         for count, scores in multi_layer(tables, halves, **settings).items():
             methods.append(Method(f"best feature of {count} layer{'s' if count > 1 else ''}", (), count, scores))
-    except InputError:
-        # No feature of the class: what remains to be told are the baselines.
-        if rule is not None:
-            raise
+    except NoFeatureError:
+        pass  # What remains to be told are the baselines.
     if config.baselines:
         truth = halves.positive_B[halves.evaluation]
         layer = swept.by_difference

@@ -151,15 +151,15 @@ def _add_between_languages(page: Page, found: Study) -> None:
 def _add_efficiency(page: Page, found: Study) -> None:
     page.heading("With fewer texts")
     curve = found.efficiency
-    lines = {"layer of the largest difference": curve.by_difference, "best layer in hindsight": curve.hindsight}
+    lines = {"layer chosen on these texts": curve.chosen, "best layer in hindsight": curve.hindsight}
     rows = [
-        (budget, *(value for how in ("by_difference", "hindsight") for value in (float(getattr(curve, how)[p].mean()), curve.kept(p, how))))
+        (budget, *(value for how in ("chosen", "hindsight") for value in (float(getattr(curve, how)[p].mean()), curve.kept(p, how))))
         for p, budget in enumerate(curve.budgets)
     ]
     page.figure(
         curves(curve.budgets, {name: draws.mean(axis=1) for name, draws in lines.items()},
                bands={name: (draws.min(axis=1), draws.max(axis=1)) for name, draws in lines.items()},
                title=f"F1 of {found.efficiency_k} features chosen on few texts", x_title="discovery texts of a class", y_title="F1", log_x=True),
-        caption=f"Mean over languages; bands span {curve.by_difference.shape[1]} draws.",
+        caption=f"Mean over languages; bands span {curve.chosen.shape[1]} draws.",
     )  # fmt: skip
     page.table(("texts of a class", "F1", "of that with all", "F1, layer in hindsight", "of that with all"), rows)

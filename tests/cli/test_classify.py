@@ -76,7 +76,7 @@ def test_a_report_covers_languages_layers_and_little_data(qscope, pair, data, tm
     words = next(one for one in english["methods"] if one["name"] == "bag of words")
     assert words["f1"]["value"] > 0.9 and words["f1"]["low"] <= words["f1"]["value"] <= words["f1"]["high"]
     assert np.shape(saved["transfer"]["f1"]) == (2, 2) and np.shape(saved["jaccard"]["1"]) == (2, 2)
-    assert np.shape(saved["efficiency"]["by_difference"]) == (2, 2)
+    assert np.shape(saved["efficiency"]["layer_chosen"]) == (2, 2)
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert "Between languages" in page and "With fewer texts" in page and 'class="heat"' in page and "found: layer" in page
 

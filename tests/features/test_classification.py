@@ -14,6 +14,7 @@ from qscope_jax.features.classification import (
     best_threshold,
     firing_differences,
     fit_rule,
+    threshold_differences,
     top_features,
     tune_thresholds,
 )
@@ -68,6 +69,27 @@ def test_or_rule_equals_set_logic(activations, k):
     assert [term.feature for term in rule.terms] == chosen
     read = rule.activations({0: table(activations)})
     assert rule.predict(read).tolist() == [bool(set(chosen) & s) for s in fires] == (rule.score(read) > 0).tolist()
+
+
+@given(ACTIVATIONS)
+@settings(max_examples=60, deadline=None)
+def test_with_thresholds_a_difference_is_the_largest_that_any_of_them_gives(activations):
+    positive = classes(len(activations))
+    found = threshold_differences(table(activations), positive)
+    for column, largest in zip(activations.T, found, strict=True):
+        # At each activation that occurs, the texts on which the feature is as active or more.
+        cuts = [column >= level for level in set(column[column > 0].tolist())]
+        assert largest == pytest.approx(max((cut[positive].mean() - cut[~positive].mean() for cut in cuts), default=0))
+
+
+def test_a_feature_that_fires_on_all_texts_but_strongly_on_the_class_is_found_by_its_threshold():
+    positive = classes(8)
+    activations = np.c_[np.where(positive, 5.0, 1.0), np.arange(8) == 2]
+    assert fit_rule({0: table(activations)}, positive, RuleConfig(k=1)).terms[0].feature == 1
+    assert fit_rule({0: table(activations)}, positive, RuleConfig(k=1, thresholds="f1")).terms == (Term(0, 0, 1.0, threshold=3.0, scale=3.0),)
+    # Texts that are not looked at change nothing.
+    activations[6:, 0] = 100
+    assert threshold_differences(table(activations), positive, np.arange(6)).tolist() == [1, pytest.approx(1 / 3)]
 
 
 def test_layers_are_chosen_by_their_largest_difference():

@@ -88,11 +88,11 @@ def test_a_rule_of_one_language_is_scored_on_all(languages):
 
 def test_little_data_is_drawn_from_discovery_in_equal_classes(planted):
     tables, halves, _ = planted
-    found = data_efficiency(tables, {"en": halves}, shares=(0.1, 1.0), seeds=3)
-    assert found.budgets == (4, 40) and found.by_difference.shape == (2, 3)
+    found = data_efficiency(tables, {"en": halves}, RuleConfig(k=1), shares=(0.1, 1.0), seeds=3)
+    assert found.budgets == (4, 40) and found.chosen.shape == (2, 3)
     whole = sweep(tables, halves, (1,))
     # With all texts nothing is left to chance, and the layer is that of the largest difference, or the best in hindsight.
-    assert set(found.by_difference[1]) == {whole.evaluation_f1[1, 0]} and set(found.hindsight[1]) == {whole.evaluation_f1.max()}
+    assert set(found.chosen[1]) == {whole.evaluation_f1[1, 0]} and set(found.hindsight[1]) == {whole.evaluation_f1.max()}
     assert found.kept(1) == 1 and found.kept(0, "hindsight") == pytest.approx(found.hindsight[0].mean() / found.hindsight[1].mean())
 
 
@@ -100,7 +100,7 @@ def test_evaluation_texts_have_no_part_in_what_little_data_chooses(planted):
     tables, halves, activations = planted
     activations[:, 80:] = 0
     other = {layer: table(activations[layer], layer) for layer in range(2)}
-    assert (data_efficiency(other, {"en": halves}, shares=(0.1, 1.0), seeds=2).by_difference == 0).all()
+    assert (data_efficiency(other, {"en": halves}, RuleConfig(k=1), shares=(0.1, 1.0), seeds=2).chosen == 0).all()
     assert sweep(other, halves).features == sweep(tables, halves).features
 
 
