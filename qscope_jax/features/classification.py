@@ -20,14 +20,16 @@ from jaxtyping import Bool, Float, Int
 from qscope_jax.errors import ConfigError, InputError, ShapeError
 from qscope_jax.features.classification_scores import f1_of
 from qscope_jax.features.text_features import TextFeatures
+from qscope_jax.features.thresholds import Criterion, tune_thresholds
 
 Tables: TypeAlias = Mapping[int, TextFeatures]
-Criterion: TypeAlias = Literal["f1", "balanced"]
 
 Thresholds: TypeAlias = Literal["zero", "f1", "balanced"]
 
 KS = (1, 2, 5, 10)
 """Numbers of features that the paper tries."""
+
+_FOLDS = 3
 
 
 class NoFeatureError(InputError):
@@ -39,11 +41,11 @@ class RuleConfig:
     """How a rule is chosen."""
 
     k: int | None = None
-    """Features of each layer; None takes the one of `KS` with the highest F1 on the texts it is fitted to."""
+    """Features of each layer; None takes the one of `KS` with the highest F1 on thirds of the texts that are left out of a fit to the others."""
     layers: int = 1
     """Layers of largest d(l) that are used together."""
     by: Literal["difference", "f1"] = "difference"
-    """What a layer is chosen by: its d(l), or the F1 of its own rule on the texts it is fitted to."""
+    """What a layer is chosen by: its d(l), or the F1 of its own rule on thirds of the texts, as above."""
     thresholds: Thresholds = "zero"
     """What each feature must exceed: 0, or what gives the highest F1 or balanced accuracy, feature after feature."""
 
@@ -232,70 +234,39 @@ def fit_rule(
             f"no feature of layers {', '.join(map(str, tables))} fires more often on positive texts ({texts}); give other layers or texts"
         )
     candidates = KS if config.k is None else (config.k,)
-    if config.by == "difference":
-        chosen = {k: best_layers(usable, config.layers) for k in candidates}
-    else:
-        own = {k: {layer: _f1(_rule(tables, [layer], k, positive_B, rows, differences, config), tables, positive_B, rows) for layer in usable}
-               for k in candidates}  # fmt: skip
-        chosen = {k: best_layers(own[k], config.layers) for k in candidates}
-    rules = [_rule(tables, chosen[k], k, positive_B, rows, differences, config) for k in candidates]
-    # The first of equals: fewer features.
-    return rules[0] if len(rules) == 1 else max(rules, key=lambda rule: _f1(rule, tables, positive_B, rows))
+    layers = {k: best_layers(usable, config.layers) for k in candidates}
+    if config.by == "f1":
+        own = {layer: _held_out_f1(tables, [layer], candidates, positive_B, rows, config) for layer in usable}
+        layers = {k: best_layers({layer: own[layer][k] for layer in usable}, config.layers) for k in candidates}
+    k = candidates[0]
+    if len(candidates) > 1:
+        quality = {k: _held_out_f1(tables, layers[k], (k,), positive_B, rows, config)[k] for k in candidates}
+        # Of equals the fewest features.
+        k = max(candidates, key=lambda k: quality[k])
+    return _rule(tables, layers[k], k, positive_B, rows, differences, config)
 
 
-def tune_thresholds(activations_BW: Float[np.ndarray, "B W"], positive_B: Bool[np.ndarray, " B"], criterion: Criterion) -> Float[np.ndarray, " W"]:
-    """Thresholds in the order of the columns: each gives the best score that is possible with those before it, so that more features never hurt.
+def _held_out_f1(
+    tables: Tables, layers: Sequence[int], ks: Sequence[int], positive_B: np.ndarray, rows: np.ndarray, config: RuleConfig
+) -> dict[int, float]:
+    """F1 of the rules over so many features of these layers, each on thirds of the rows that it was not fitted to; on all where there are too few.
 
-    A feature that only adds errors gets its largest activation, and so never fires on these texts.
+    On the texts themselves more features would always seem better where thresholds are tuned.
     """
-    caught_B = np.zeros(len(positive_B), bool)
-    thresholds = []
-    for column in activations_BW.T:
-        thresholds.append(best_threshold(column, positive_B, criterion, caught_B=caught_B, floor=0.0))
-        caught_B = caught_B | (column > np.float32(thresholds[-1]))
-    return np.array(thresholds, np.float32)
-
-
-def best_threshold(
-    score_B: Float[np.ndarray, " B"],
-    positive_B: Bool[np.ndarray, " B"],
-    criterion: Criterion,
-    *,
-    caught_B: Bool[np.ndarray, " B"] | None = None,
-    floor: float | None = None,
-) -> float:
-    """The threshold that gives the best F1 or balanced accuracy when all texts that exceed it are called positive.
-
-    It lies midway between two scores. Of thresholds that are equally good the lowest is taken.
-
-    Args:
-        score_B: A number for each text.
-        positive_B: The class of each.
-        criterion: `f1` or `balanced`.
-        caught_B: Texts that are called positive whatever their score.
-        floor: The least threshold.
-    """
-    caught_B = np.zeros(len(positive_B), bool) if caught_B is None else caught_B
-    scores = np.asarray(score_B, np.float32)
-    levels = np.unique(scores if floor is None else scores[scores > floor])[::-1]
-    if not len(levels):
-        return float(floor or 0.0)
-    # Of each cut, from "none" to "all levels": texts called positive, by class. A cut after j levels calls those of the first j.
-    places = np.searchsorted(-levels, -scores)
-    classes = (positive_B, ~positive_B)
-    counts = [np.bincount(places[of_class & ~caught_B], minlength=len(levels) + 1)[: len(levels)] for of_class in classes]
-    always = [(caught_B & of_class).sum() for of_class in classes]
-    hits, alarms = (np.concatenate([[0], np.cumsum(count)]) + caught for count, caught in zip(counts, always, strict=True))
-    positives, negatives = max(positive_B.sum(), 1), max((~positive_B).sum(), 1)
-    quality = 2 * hits / (hits + alarms + positives) if criterion == "f1" else (hits / positives + 1 - alarms / negatives) / 2
-    cut = len(quality) - 1 - int(np.argmax(quality[::-1]))
-    if cut == 0:
-        return float(levels[0])
-    if cut == len(levels):
-        return floor if floor is not None else float(np.nextafter(levels[-1], np.float32(-np.inf)))
-    above, below = levels[cut - 1], levels[cut]
-    middle = np.float32((float(above) + float(below)) / 2)
-    return float(middle if middle < above else below)
+    places = np.zeros(len(rows), np.int64)
+    for of_class in (True, False):
+        own = positive_B[rows] == of_class
+        places[own] = np.arange(own.sum()) % _FOLDS
+    enough = min(positive_B[rows].sum(), (~positive_B[rows]).sum()) >= _FOLDS
+    folds = [(rows[places != fold], rows[places == fold]) for fold in range(_FOLDS)] if enough else [(rows, rows)]
+    found = {k: 0.0 for k in ks}
+    for fitted, left_out in folds:
+        differences = {layer: rule_differences(tables[layer], positive_B, fitted, config.thresholds) for layer in layers}
+        for k in ks:
+            rule = _rule(tables, layers, k, positive_B, fitted, differences, config)
+            if rule.terms:
+                found[k] += f1_of(rule.predict(rule.activations(tables)[left_out]), positive_B[left_out]) / len(folds)
+    return found
 
 
 def _rule(
@@ -310,6 +281,8 @@ def _rule(
     """The rule over the k best features of these layers."""
     terms = [Term(layer, int(feature), float(differences[layer][feature])) for layer in layers for feature in top_features(differences[layer], k)]
     rule = FeatureRule(tuple(terms))
+    if not terms:
+        return rule
     activations_BW = rule.activations(tables)[rows]
     if config.thresholds == "zero":
         return FeatureRule(tuple(map(_rescaled, rule.terms, [0.0] * len(terms), activations_BW.T)))
@@ -333,7 +306,3 @@ def _classes(features: TextFeatures, positive_B: np.ndarray, rows: np.ndarray | 
 def _rescaled(term: Term, threshold: float, activation_B: np.ndarray) -> Term:
     firing = activation_B[activation_B > 0]
     return replace(term, threshold=float(threshold), scale=float(firing.mean()) if len(firing) else 1.0)
-
-
-def _f1(rule: FeatureRule, tables: Tables, positive_B: np.ndarray, rows: np.ndarray) -> float:
-    return f1_of(rule.predict(rule.activations(tables)[rows]), positive_B[rows])

@@ -26,8 +26,9 @@ from jaxtyping import Array, Float, Int
 
 from qscope_jax.data.files import atomic_path, read_json, write_json
 from qscope_jax.errors import InputError, ShapeError, SourceError
-from qscope_jax.features.classification import Criterion, FeatureRule, Term
+from qscope_jax.features.classification import FeatureRule, Term
 from qscope_jax.features.text_reading import ReadingConfig, counted_tokens, token_rows
+from qscope_jax.features.thresholds import Criterion
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.sae.autoencoder import SparseAutoencoder

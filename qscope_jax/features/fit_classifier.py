@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from qscope_jax.errors import InputError
-from qscope_jax.features.classification import Criterion, RuleConfig, Tables, fit_rule
+from qscope_jax.features.classification import RuleConfig, Tables, fit_rule
 from qscope_jax.features.classification_scores import BinaryScores, binary_scores
 from qscope_jax.features.feature_classifier import FeatureClassifier, Reading
 from qscope_jax.features.labelled_data import LabelledData, label_data
 from qscope_jax.features.text_reading import ReadingConfig, read_texts
+from qscope_jax.features.thresholds import Criterion
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.sae.layer_sae import LayerSAE
 

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from qscope_jax.errors import InputError
-from qscope_jax.features.classification import Criterion, best_threshold
 from qscope_jax.features.classification_scores import BinaryScores, binary_scores, f1_of
+from qscope_jax.features.thresholds import Criterion, best_threshold
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse strengths of regularisation that the regression on standardised streams may choose from."""
