@@ -121,8 +121,9 @@ def split_at_random(
     distinct = distinct_texts(texts, labels)
     names = _groups(texts, groups)
     removed = f"{distinct.repeated} repeated and {distinct.contradictory} contradictory ones removed"
-    _check_classes([labels[i] for i in distinct.kept], [names[i] for i in distinct.kept], FEWEST_TEXTS, removed, "texts")
-    halves = hold_out(distinct.kept, [(names[i], labels[i]) for i in distinct.kept], share, seed)
+    kept: list[int] = distinct.kept.tolist()
+    _check_classes([labels[i] for i in kept], [names[i] for i in kept], FEWEST_TEXTS, removed, "texts")
+    halves = hold_out(distinct.kept, [(names[i], labels[i]) for i in kept], share, seed)
     return TextSplit(*halves, distinct.repeated, distinct.contradictory)
 
 
@@ -147,22 +148,28 @@ def split_as_given(texts: Sequence[str], labels: Sequence[str], halves: Sequence
         if wanted not in half:
             found = ", ".join(map(repr, sorted(set(halves))[:6]))
             raise InputError(f"the column of halves names {found}; expected some texts of {wanted}, which is called {' or '.join(known)}")
-    used = np.array([i for i, name in enumerate(half) if name], np.int64)
-    sound = used[distinct_texts([texts[i] for i in used], [labels[i] for i in used]).kept]
-    uncontradicted = {texts[i].strip() for i in sound}
+    used = [i for i, name in enumerate(half) if name]
+    uncontradicted = {texts[i].strip() for i in _once(texts, labels, used)}
     contradictory = sum(texts[i].strip() not in uncontradicted for i in used)
-    once: dict[str, Indices] = {}
-    for wanted in ("discovery", "evaluation"):
-        rows = np.array([i for i in used if half[i] == wanted and texts[i].strip() in uncontradicted], np.int64)
-        once[wanted] = rows[distinct_texts([texts[i] for i in rows], [labels[i] for i in rows]).kept]
+    once = {
+        wanted: _once(texts, labels, [i for i in used if half[i] == wanted and texts[i].strip() in uncontradicted])
+        for wanted in ("discovery", "evaluation")
+    }
     scored = {texts[i].strip() for i in once["evaluation"]}
-    discovery = np.array([i for i in once["discovery"] if texts[i].strip() not in scored], np.int64)
-    crossing = len(once["discovery"]) - len(discovery)
-    repeated = len(used) - contradictory - crossing - len(discovery) - len(once["evaluation"])
-    split = TextSplit(discovery, once["evaluation"], repeated, contradictory, crossing, len(texts) - len(used))
-    for name, part in (("discovery", split.discovery), ("evaluation", split.evaluation)):
+    parts = {"discovery": [i for i in once["discovery"] if texts[i].strip() not in scored], "evaluation": once["evaluation"]}
+    crossing = len(once["discovery"]) - len(parts["discovery"])
+    repeated = len(used) - contradictory - crossing - sum(map(len, parts.values()))
+    discovery, evaluation = (np.array(part, np.int64) for part in parts.values())
+    split = TextSplit(discovery, evaluation, repeated, contradictory, crossing, len(texts) - len(used))
+    for name, part in parts.items():
         _check_classes([labels[i] for i in part], [names[i] for i in part], 1, split.removed() or "none removed", f"texts for {name}")
     return split
+
+
+def _once(texts: Sequence[str], labels: Sequence[str], rows: Sequence[int]) -> list[int]:
+    """Those of the rows that `distinct_texts` keeps."""
+    kept = distinct_texts([texts[i] for i in rows], [labels[i] for i in rows]).kept
+    return [rows[place] for place in kept.tolist()]
 
 
 def _groups(texts: Sequence[str], groups: Sequence[str] | None) -> Sequence[str]:

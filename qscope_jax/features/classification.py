@@ -111,7 +111,7 @@ class FeatureRule:
 
     def predict(self, activations_BW: Float[np.ndarray, "B W"]) -> Bool[np.ndarray, " B"]:
         """Whether each text is positive, by what `activations` gave."""
-        return (activations_BW > self._row("threshold")).any(axis=1)
+        return np.asarray(np.any(activations_BW > self._row("threshold"), axis=1))
 
     def score(self, activations_BW: Float[np.ndarray, "B W"]) -> Float[np.ndarray, " B"]:
         """How far the farthest feature of each text exceeds its threshold, in units of the feature's usual activation; positive texts exceed 0."""
@@ -166,7 +166,7 @@ def threshold_differences(
     looked_at_B = inside_B | outside_B
     lengths = np.diff(features.maxima.indptr)
     stored = np.repeat(looked_at_B, lengths)
-    columns, values = features.maxima.indices[stored], features.maxima.data[stored]
+    columns, values = np.asarray(features.maxima.indices)[stored], np.asarray(features.maxima.data, np.float32)[stored]
     positive = np.repeat(inside_B, lengths)[stored]
     order = np.lexsort((-values, columns))
     columns, values, positive = columns[order], values[order], positive[order]

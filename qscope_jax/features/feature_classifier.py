@@ -283,8 +283,10 @@ def load_classifier(path: str | Path) -> FeatureClassifier:
         rows = {layer: EncoderRows(*(jnp.asarray(tensors[f"layer{layer}.{name}"], jnp.float32) for name in ("W", "b"))) for layer in rule.layers}
         if facts["reading"] not in ("top_k", "pre_activation") or any(len(rows[t].b) != len(_features(rule, t)) for t in rule.layers) or not rows:
             raise ValueError("its parts do not fit each other")
-        names = (facts[name] for name in ("reading", "positive", "negative"))
-        return FeatureClassifier(rule, *names, rows, facts["model"], facts["sae"], ReadingConfig(**facts["texts"]), facts["facts"])
+        reading, positive, negative = (facts[name] for name in ("reading", "positive", "negative"))
+        return FeatureClassifier(
+            rule, reading, positive, negative, rows, facts["model"], facts["sae"], ReadingConfig(**facts["texts"]), facts["facts"]
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{folder / CONFIG_FILE}: is damaged ({type(error).__name__}: {error}); fit the classifier again") from error
 

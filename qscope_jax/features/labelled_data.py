@@ -118,12 +118,13 @@ def label_data(
     names = [positive if label == positive else negative for label in labels]
     split = split_at_random(texts, names, languages, share=share, seed=seed) if halves is None else split_as_given(texts, names, halves, languages)
     rows = np.concatenate([split.discovery, split.evaluation])
+    used: list[int] = rows.tolist()
     return LabelledData(
-        tuple(texts[row] for row in rows),
+        tuple(texts[row] for row in used),
         rows,
-        np.array([names[row] == positive for row in rows]),
+        np.array([names[row] == positive for row in used]),
         positive,
         negative,
-        None if languages is None else tuple(languages[row] for row in rows),
+        None if languages is None else tuple(languages[row] for row in used),
         split,
     )

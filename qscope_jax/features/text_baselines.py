@@ -120,8 +120,8 @@ def bag_of_words(
     words = TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True)
     characters = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), sublinear_tf=True, max_features=200_000)
     pipeline = make_pipeline(make_union(words, characters), LogisticRegression(max_iter=1000))
-    halves = ([texts[i] for i in half] for half in (discovery, evaluation))
-    return _searched("bag of words", None, pipeline, WORD_STRENGTHS, *halves, positive_B[discovery], seed)
+    learnt, scored = ([texts[i] for i in half] for half in (discovery.tolist(), evaluation.tolist()))
+    return _searched("bag of words", None, pipeline, WORD_STRENGTHS, learnt, scored, positive_B[discovery], seed)
 
 
 def _searched(

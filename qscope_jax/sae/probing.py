@@ -166,7 +166,8 @@ def split_texts(texts: Sequence[str], labels: Sequence[str], config: ProbingConf
         InputError: texts and labels differ in number, there is one class only, or a class has fewer than `FEWEST_TEXTS`.
     """
     distinct = distinct_texts(texts, labels)
-    kept, repeated, contradictory = distinct.kept.tolist(), distinct.repeated, distinct.contradictory
+    kept: list[int] = distinct.kept.tolist()
+    repeated, contradictory = distinct.repeated, distinct.contradictory
     removed = f"{repeated} repeated and {contradictory} contradictory ones removed"
     members: dict[str, list[int]] = {}
     for index in kept:
