@@ -22,6 +22,7 @@ VERBS = {
     "eval-sae": "measure how faithful sparse autoencoders are",
     "store": "write a corpus' features to disk, for the verbs below",
     "explain": "show what features stand for: contexts, words, neighbours",
+    "classify": "tell classes of texts apart by the features that fire",
     "benchmarks": "find what benchmarks measure, and which to keep",
 }
 _INTERRUPTED = 130

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.sparse import coo_array, csr_array, vstack
 
+from qscope_jax.data.text_splits import distinct_texts, hold_out
 from qscope_jax.errors import ConfigError, InputError
 from qscope_jax.models.language_model import LanguageModel, forward
 from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
@@ -164,15 +165,9 @@ def split_texts(texts: Sequence[str], labels: Sequence[str], config: ProbingConf
     Raises:
         InputError: texts and labels differ in number, there is one class only, or a class has fewer than `FEWEST_TEXTS`.
     """
-    if len(texts) != len(labels):
-        raise InputError(f"{len(texts)} texts came with {len(labels)} labels; give one label for each text")
-    rows_of: dict[str, list[int]] = {}
-    for index, text in enumerate(texts):
-        rows_of.setdefault(text.strip(), []).append(index)
-    groups = list(rows_of.values())
-    kept = [rows[0] for rows in groups if len({labels[row] for row in rows}) == 1]
-    contradictory = sum(len(rows) for rows in groups if len({labels[row] for row in rows}) > 1)
-    repeated = len(texts) - contradictory - len(kept)
+    distinct = distinct_texts(texts, labels)
+    kept: list[int] = distinct.kept.tolist()
+    repeated, contradictory = distinct.repeated, distinct.contradictory
     removed = f"{repeated} repeated and {contradictory} contradictory ones removed"
     members: dict[str, list[int]] = {}
     for index in kept:
@@ -182,14 +177,8 @@ def split_texts(texts: Sequence[str], labels: Sequence[str], config: ProbingConf
     for label, group in members.items():
         if len(group) < FEWEST_TEXTS:
             raise InputError(f"class {label!r} has {len(group)} texts ({removed}), expected {FEWEST_TEXTS} or more; add texts or leave the class out")
-    rng = np.random.default_rng(config.seed)
-    train, test = [], []
-    for label in sorted(members):
-        order = rng.permutation(members[label])
-        held_out = min(max(round(config.test_share * len(order)), 1), len(order) - 1)
-        test.append(order[:held_out])
-        train.append(order[held_out:])
-    return Split(np.concatenate(train), np.concatenate(test), repeated, contradictory)
+    train, test = hold_out(distinct.kept, [labels[index] for index in kept], config.test_share, config.seed)
+    return Split(train, test, repeated, contradictory)
 
 
 def text_means(

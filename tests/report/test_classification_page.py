@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from qscope_jax.features.classification import RuleConfig
+from qscope_jax.features.classification_study import StudyConfig, example_texts, study
+from qscope_jax.features.labelled_data import label_data
+from qscope_jax.report.classification_page import Example, write_classification_page
+from tests.features.test_classification import table
+
+CONFIG = StudyConfig(ks=(1, 2), rule=RuleConfig(k=2), shares=(0.5, 1.0), seeds=2, samples=50)
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """Texts of two languages; at layer 3 a feature for each, and none at layer 5. Streams say the class in their first dimension."""
+    texts = [f"{'rude' if i % 2 else 'kind'} words {i}" for i in range(80)]
+    languages = ["en" if i < 40 else "fr" for i in range(80)]
+    data = label_data(texts, ["rude" if i % 2 else "kind" for i in range(80)], languages=languages)
+    activations = np.zeros((80, 6))
+    for row, place in enumerate(data.rows):
+        activations[row, 2 if place < 40 else 4] = data.positive_B[row] and place % 10 > 1
+    streams = np.random.default_rng(0).standard_normal((80, 4)) + 3 * data.positive_B[:, None] * np.eye(4)[0]
+    return data, {3: table(activations, 3), 5: table(np.zeros((80, 6)), 5)}, {3: streams, 5: np.zeros((80, 4))}
+
+
+@pytest.fixture(scope="module")
+def found(labelled):
+    data, tables, streams = labelled
+    return study(tables, data, streams, CONFIG)
+
+
+def test_a_study_scores_rules_and_baselines_of_each_language(found):
+    assert list(found.languages) == ["en", "fr"]
+    methods = {one.name: one for one in found.languages["en"].methods}
+    assert next(iter(methods)) == "OR rule" and methods["OR rule"].layers == (3,) and methods["OR rule"].features == 1
+    assert {"difference of means", "logistic regression", "bag of words"} <= set(methods)
+    assert methods["logistic regression"].layers == (3,) and methods["bag of words"].scores.f1.value == 1
+    assert found.transfer.f1.diagonal().min() > 0.7 > found.transfer.f1[0, 1] == 0
+    assert found.plain()["languages"]["fr"]["features"] == ((4,), ())
+
+
+def test_a_class_without_a_feature_leaves_baselines(labelled):
+    data, tables, streams = labelled
+    silent = study({5: tables[5]}, data, {5: streams[3]}, CONFIG).languages["en"]
+    assert silent.rule is None and [one.name for one in silent.methods] == ["difference of means", "logistic regression", "bag of words"]
+
+
+def test_examples_are_evaluation_texts_of_each_kind(labelled, found):
+    data, tables, _ = labelled
+    halves = data.by_language["en"]
+    picked = example_texts(found.languages["en"].rule, tables, halves, 2)
+    assert set(sum(picked.values(), [])) <= set(halves.evaluation.tolist()) and picked["false alarm"] == []
+    assert all(data.positive_B[row] for row in picked["found"] + picked["missed"])
+
+
+def test_the_page_shows_what_was_found(found, labelled, tmp_path):
+    examples = {"en": [Example("found", ["ru", "de"], np.array([0.0, 2.0]), 3, 2)]}
+    document = write_classification_page(tmp_path / "p.html", found, examples, subtitle="a model").read_text(encoding="utf-8")
+    for said in ("Which texts are rude", "a model", "F1 by language", "OR rule", "bag of words", "found: layer 3, feature 2", "Between languages",
+                 "Overlap of the best features, layer 3", "With fewer texts", "In hindsight"):  # fmt: skip
+        assert said in document, said
+    alone = study({5: labelled[1][5]}, label_data(list(labelled[0].texts), ["ab"[i] for i in labelled[0].positive_B.astype(int)]), None, CONFIG)
+    document = write_classification_page(tmp_path / "q.html", alone).read_text(encoding="utf-8")
+    assert "there is no rule" in document and "Between languages" not in document and ">Scores<" in document
