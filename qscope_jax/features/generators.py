@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, runtime_checkable
 
 
 class Message(TypedDict):
@@ -25,6 +25,7 @@ class Reply:
     error: str = ""
 
 
+@runtime_checkable
 class Generator(Protocol):
     """Answers conversations. One that fails gets a `Reply` with its error; the others are answered all the same."""
 

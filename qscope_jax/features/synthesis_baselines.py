@@ -1,0 +1,158 @@
+"""What synthesis is compared with at equal budget: the same writer without targets, and natural texts from a pool."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.sparse import csc_array, csr_array
+
+from qscope_jax.data.record_log import RecordLog
+from qscope_jax.errors import InputError
+from qscope_jax.features.coverage import firing
+from qscope_jax.features.synthesis import FeatureReader, Synthesis
+from qscope_jax.features.targets import Target
+from qscope_jax.features.text_features import TextFeatures
+from qscope_jax.features.writers import Request, Writer
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """Texts that were not written for the targets.
+
+    Attributes:
+        name: `random synthesis` or `natural sampling`.
+        texts: The texts; of natural sampling the whole pool.
+        hits: Which of them fire which target, [B, T].
+        failures: Requests that nobody answered.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    hits: csc_array
+    failures: tuple[str, ...] = ()
+
+    def coverage(self, budget: int) -> float:
+        """Share of the targets covered by `budget` of the texts drawn at random, its exact expectation; by all, where they are fewer."""
+        return float(expected_coverage(np.diff(self.hits.indptr), len(self.texts), [min(budget, len(self.texts))])[0])
+
+
+def random_synthesis(
+    targets: Sequence[Target],
+    writer: Writer,
+    read: FeatureReader,
+    budget: int,
+    *,
+    seed: int = 0,
+    threshold: float = 0.0,
+    at_once: int = 64,
+    log: RecordLog | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Baseline:
+    """As many texts as a synthesis wrote, by the same writer without targets. All of them are kept, which favours this baseline.
+
+    Args:
+        targets: What coverage is measured on.
+        writer: The writer of the synthesis; its `untargeted` version writes.
+        read: Reads texts with the model and the SAEs.
+        budget: Texts to write.
+        seed: Of the draws.
+        threshold: Activation that firing must exceed, besides a target's own.
+        at_once: Texts between two records.
+        log: Finished work.
+        progress: Called after each step with the texts that are done and with their number.
+
+    Raises:
+        InputError: no target, or a budget below 1.
+    """
+    if budget < 1 or not targets:
+        raise InputError(f"random synthesis of {budget} texts for {len(targets)} targets; expected at least one of each")
+    control = writer.untargeted()
+    # The requests that a synthesis would make, so that the control draws from the same prompts.
+    requests = [Request(targets[i % len(targets)], i // len(targets)) for i in range(budget)]
+    texts: list[str] = []
+    failures: list[str] = []
+    for start in range(0, budget, at_once):
+        step = requests[start : start + at_once]
+        known = [None if log is None else log.get(_identity(request)) for request in step]
+        fresh = [request for request, record in zip(step, known, strict=True) if record is None]
+        replies = iter(control(fresh, seed=seed) if fresh else [])
+        for request, record in zip(step, known, strict=True):
+            reply = None if record is not None else next(replies)
+            if reply is not None and reply.error:
+                failures.append(f"{_identity(request)}: {reply.error}")
+                continue
+            text = str(record["text"]) if record is not None else reply.text if reply is not None else ""
+            if record is None and log is not None:
+                log.add(_identity(request), {"text": text})
+            texts.append(text)
+        if progress is not None:
+            progress(min(start + at_once, budget), budget)
+    if not texts:
+        raise InputError(f"{control.name}: wrote no text for the random baseline; the last error: {failures[-1]}")
+    return Baseline("random synthesis", tuple(texts), firing(targets, read(texts), threshold=threshold), tuple(failures))
+
+
+def natural_sampling(targets: Sequence[Target], texts: Sequence[str], features: Mapping[int, TextFeatures], *, threshold: float = 0.0) -> Baseline:
+    """Texts that people wrote, drawn at random from a pool, such as the data that the seed set was taken from.
+
+    Args:
+        targets: What coverage is measured on.
+        texts: The pool.
+        features: Tables of the pool's texts, by layer.
+        threshold: Activation that firing must exceed, besides a target's own.
+
+    Raises:
+        InputError: an empty pool, or tables of other texts.
+    """
+    hits = firing(targets, features, threshold=threshold)
+    if not texts or hits.shape[0] != len(texts):
+        raise InputError(f"a pool of {len(texts)} texts with tables of {hits.shape[0]}; expected tables of these texts, at least one")
+    return Baseline("natural sampling", tuple(texts), hits)
+
+
+def synthesis_curve(result: Synthesis) -> Int[np.ndarray, " B1"]:
+    """Targets covered by the kept texts among the first n that were written, for n = 0 to all of them: the cost of what was thrown away shows."""
+    place = {target.key: i for i, target in enumerate(result.targets)}
+    rows = [[place[key] for key in candidate.fires if candidate.kept] for candidate in result.candidates]
+    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    indices = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row, np.int64) for row in rows)])
+    return coverage_curve(csr_array((np.ones(len(indices), bool), indices, indptr), shape=(len(rows), len(place))))
+
+
+def coverage_curve(hits: csr_array | csc_array) -> Int[np.ndarray, " B1"]:
+    """Targets covered by the first n of B texts in their order, for n = 0 to B; `hits` is [B, T]."""
+    table = csc_array(hits)
+    table.sort_indices()
+    begins, ends = table.indptr[:-1], table.indptr[1:]
+    first = table.indices[begins[ends > begins]]
+    return np.concatenate([[0], np.cumsum(np.bincount(first, minlength=table.shape[0]))]).astype(np.int64)
+
+
+def expected_coverage(counts: Int[np.ndarray, " T"], texts: int, budgets: Sequence[int]) -> Float[np.ndarray, " Q"]:
+    """Expected share of T targets covered by n of B texts drawn without replacement, in closed form.
+
+    A target that c texts fire is missed with probability C(B - c, n) / C(B, n).
+
+    Args:
+        counts: Texts that fire each target.
+        texts: B.
+        budgets: Values of n.
+
+    Raises:
+        InputError: a budget above B or below 0, or no target.
+    """
+    from scipy.special import gammaln
+
+    counts, drawn = np.asarray(counts, np.float64), np.asarray(budgets, np.float64)[:, None]
+    if not counts.size or drawn.size and not 0 <= drawn.min() <= drawn.max() <= texts:
+        raise InputError(f"budgets of {list(budgets)} texts from {texts} for {counts.size} targets; expected 0 to {texts}, and at least one target")
+    left = texts - counts
+    with np.errstate(invalid="ignore"):
+        log_missed = gammaln(left + 1) - gammaln(left - drawn + 1) - gammaln(texts + 1) + gammaln(texts - drawn + 1)
+    missed = np.where(drawn > left, 0.0, np.exp(np.where(drawn > left, 0.0, log_missed)))
+    return (1 - missed).mean(axis=1)
+
+
+def _identity(request: Request) -> str:
+    return f"{request.target.key} untargeted {request.attempt}"
