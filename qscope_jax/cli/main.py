@@ -20,6 +20,8 @@ VERBS = {
     "train-sae": "train sparse autoencoders on a model's residual streams",
     "cache-activations": "write residual streams to disk, to train on them many times",
     "eval-sae": "measure how faithful sparse autoencoders are",
+    "cover": "find the features that a data set fires, and those it misses",
+    "synthesize": "write texts for the missing ones; mix and score them",
 }
 _INTERRUPTED = 130
 

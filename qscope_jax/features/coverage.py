@@ -144,6 +144,26 @@ def store_coverage(targets: Sequence[Target], store: FeatureStore, *, threshold:
     return total
 
 
+def strongest_contexts(
+    targets: Sequence[Target], texts: Sequence[str], features: Mapping[int, TextFeatures], *, count: int = 8
+) -> dict[str, list[str]]:
+    """Texts that activate each target most, strongest first, by the target's key; a target that nothing activates has none.
+
+    Raises:
+        InputError: no target, or one that the tables lack.
+    """
+    check_targets(targets, {layer: table.num_features for layer, table in features.items()})
+    columns = {layer: csc_array(table.maxima) for layer, table in features.items()}
+    found = {}
+    for target in targets:
+        table = columns[target.layer]
+        part = slice(table.indptr[target.feature], table.indptr[target.feature + 1])
+        order = np.argsort(-table.data[part], kind="stable")[:count]
+        if order.size:
+            found[target.key] = [texts[row] for row in table.indices[part][order]]
+    return found
+
+
 def _columns(targets: Sequence[Target], features: Mapping[int, TextFeatures]) -> list[tuple[list[int], csc_array]]:
     """For each layer, the places of its targets and the columns of its table of maxima that belong to them."""
     found = []

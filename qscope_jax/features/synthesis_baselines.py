@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -109,6 +110,31 @@ def natural_sampling(targets: Sequence[Target], texts: Sequence[str], features: 
     if not texts or hits.shape[0] != len(texts):
         raise InputError(f"a pool of {len(texts)} texts with tables of {hits.shape[0]}; expected tables of these texts, at least one")
     return Baseline("natural sampling", tuple(texts), hits)
+
+
+class BudgetRow(NamedTuple):
+    """One way to make a data set, at one budget."""
+
+    method: str
+    written: int
+    """Texts written (or drawn)."""
+    kept: int
+    """Texts in the data set."""
+    coverage: float
+    """Cov(D)."""
+
+
+def compare_at_budget(result: Synthesis, baselines: Sequence[Baseline]) -> list[BudgetRow]:
+    """Cov(D) of the synthesis beside baselines at its two budgets: as many texts as it wrote, and as many as it kept.
+
+    The first favours the baselines, which keep everything; the second is the size of the data set, as in the paper.
+    """
+    kept = len(result.kept)
+    rows = [BudgetRow("feature-driven synthesis", result.written, kept, result.coverage)]
+    for baseline in baselines:
+        sizes = dict.fromkeys(min(budget, len(baseline.texts)) for budget in (result.written, kept))
+        rows += [BudgetRow(baseline.name, size, size, baseline.coverage(size)) for size in sizes]
+    return rows
 
 
 def synthesis_curve(result: Synthesis) -> Int[np.ndarray, " B1"]:

@@ -43,7 +43,7 @@ class Target:
         return f"{self.layer}/{self.feature}"
 
 
-def load_targets(source: str | Path, *, tau: float = TAU, layers: Sequence[int] | None = None) -> list[Target]:
+def load_targets(source: str | Path, *, tau: float = TAU, layers: Sequence[int] | None = None, unjudged: bool = False) -> list[Target]:
     """Read the target inventory, T = {(l, f): s >= tau} (Qwen-Scope report, Eq. 19), in order of layer and feature.
 
     Args:
@@ -52,6 +52,7 @@ def load_targets(source: str | Path, *, tau: float = TAU, layers: Sequence[int] 
             left out, since their judge failed.
         tau: Least score.
         layers: Keep targets of these layers only.
+        unjudged: Keep rows whose score is null too, to have them judged.
 
     Raises:
         SourceError: there is no such table.
@@ -61,13 +62,14 @@ def load_targets(source: str | Path, *, tau: float = TAU, layers: Sequence[int] 
         raise InputError(f"tau is {tau}, expected 0 to 1")
     table = load_table(source)
     found: dict[str, Target] = {}
+    seen: set[str] = set()
     for row, place in zip(table.rows, table.places, strict=True):
         target = _target(row, f"{table.name} {place}")
-        if target.key in found:
+        if target.key in seen:
             raise InputError(f"{table.name} {place}: lists feature {target.feature} of layer {target.layer} again; keep one row for each")
-        found[target.key] = target
-        if ("score" in row and (target.score is None or target.score < tau)) or (layers is not None and target.layer not in layers):
-            found.pop(target.key)
+        seen.add(target.key)
+        if _counts(target, row, tau, unjudged) and (layers is None or target.layer in layers):
+            found[target.key] = target
     if not found:
         raise InputError(f"{source}: none of its {len(table)} features is a target with a score of {tau} or more; lower tau, or check the layers")
     return sorted(found.values(), key=lambda target: (target.layer, target.feature))
@@ -130,6 +132,12 @@ def check_targets(targets: Sequence[Target], num_features: Mapping[int, int]) ->
             raise InputError(f"target {target.key}: there is no layer {target.layer} here; there are {', '.join(map(str, sorted(num_features)))}")
         if target.feature >= num_features[target.layer]:
             raise InputError(f"target {target.key}: layer {target.layer} has features 0 to {num_features[target.layer] - 1}")
+
+
+def _counts(target: Target, row: Mapping[str, Any], tau: float, unjudged: bool) -> bool:
+    if target.score is None:
+        return unjudged or "score" not in row
+    return target.score >= tau
 
 
 def _target(row: Mapping[str, Any], where: str) -> Target:
