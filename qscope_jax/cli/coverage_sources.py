@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qscope_jax.cli.options import Integers, check_at_least
-from qscope_jax.cli.sources import SAEOptions, check_texts, open_model, open_saes, read_documents, read_layers
+from qscope_jax.cli.sources import SAEOptions, check_texts, open_model, open_saes, read_documents, sae_groups
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -132,10 +132,15 @@ class CoverageSources:
 
     def read(self, texts: Sequence[str]) -> "dict[int, TextFeatures]":
         """Read texts with the model: the firing check."""
-        from qscope_jax.features.text_features import text_features
+        from qscope_jax.features.feature_reader import feature_reader
 
-        settings = {"keep_first": self.options.keep_first, "max_norm_multiple": self.options.max_norm_multiple}
-        return {layer: text_features(readout) for layer, readout in read_layers(self.model, self.saes, self.layers, texts, **settings).items()}
+        settings: dict[str, Any] = {"drop_first": not self.options.keep_first, "max_norm_multiple": self.options.max_norm_multiple}
+        found = {}
+        for group in sae_groups(self.saes, self.layers, self.model):
+            found |= feature_reader(self.model, group, drop_first=not self.options.keep_first, max_norm_multiple=self.options.max_norm_multiple)(
+                texts
+            )
+        return found
 
     def _listed(self) -> "list[Target]":
         from qscope_jax.features.targets import load_targets

@@ -5,7 +5,7 @@ by attack styles (each rewrite is checked too) and answered, where that is asked
 meaning where it is on, decides what is kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,15 +14,12 @@ import numpy as np
 from qscope_jax.data.record_log import RecordLog
 from qscope_jax.errors import InputError, SourceError
 from qscope_jax.features.coverage import firing
+from qscope_jax.features.feature_reader import FeatureReader
 from qscope_jax.features.generators import Generator, Reply
 from qscope_jax.features.judge import judge_same_meaning
 from qscope_jax.features.synthesis_prompts import STYLES, response_conversation, rewrite_conversation
 from qscope_jax.features.targets import Target
-from qscope_jax.features.text_features import TextFeatures
 from qscope_jax.features.writers import Request, Writer
-
-FeatureReader = Callable[[Sequence[str]], Mapping[int, TextFeatures]]
-"""Reads texts into their tables, by layer."""
 
 VANILLA = "vanilla"
 """The style of a text that is no rewrite."""

@@ -1,5 +1,6 @@
 """What synthesis is compared with at equal budget: the same writer without targets, and natural texts from a pool."""
 
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from scipy.sparse import csc_array, csr_array
 from qscope_jax.data.record_log import RecordLog
 from qscope_jax.errors import InputError
 from qscope_jax.features.coverage import firing
-from qscope_jax.features.synthesis import FeatureReader, Synthesis
+from qscope_jax.features.feature_reader import FeatureReader
+from qscope_jax.features.synthesis import Synthesis
 from qscope_jax.features.targets import Target
 from qscope_jax.features.text_features import TextFeatures
 from qscope_jax.features.writers import Request, Writer
@@ -33,9 +35,14 @@ class Baseline:
     hits: csc_array
     failures: tuple[str, ...] = ()
 
+    @property
+    def counts(self) -> Int[np.ndarray, " T"]:
+        """Texts that fire each target."""
+        return np.diff(np.asarray(self.hits.indptr))
+
     def coverage(self, budget: int) -> float:
         """Share of the targets covered by `budget` of the texts drawn at random, its exact expectation; by all, where they are fewer."""
-        return float(expected_coverage(np.diff(self.hits.indptr), len(self.texts), [min(budget, len(self.texts))])[0])
+        return float(expected_coverage(self.counts, len(self.texts), [min(budget, len(self.texts))])[0])
 
 
 def random_synthesis(
@@ -75,18 +82,16 @@ def random_synthesis(
     failures: list[str] = []
     for start in range(0, budget, at_once):
         step = requests[start : start + at_once]
-        known = [None if log is None else log.get(_identity(request)) for request in step]
-        fresh = [request for request, record in zip(step, known, strict=True) if record is None]
-        replies = iter(control(fresh, seed=seed) if fresh else [])
-        for request, record in zip(step, known, strict=True):
-            reply = None if record is not None else next(replies)
-            if reply is not None and reply.error:
+        kept = {request: record["text"] for request in step if log is not None and (record := log.get(_identity(request))) is not None}
+        fresh = [request for request in step if request not in kept]
+        for request, reply in zip(fresh, control(fresh, seed=seed) if fresh else [], strict=True):
+            if reply.error:
                 failures.append(f"{_identity(request)}: {reply.error}")
                 continue
-            text = str(record["text"]) if record is not None else reply.text if reply is not None else ""
-            if record is None and log is not None:
-                log.add(_identity(request), {"text": text})
-            texts.append(text)
+            kept[request] = reply.text
+            if log is not None:
+                log.add(_identity(request), {"text": reply.text})
+        texts += [str(kept[request]) for request in step if request in kept]
         if progress is not None:
             progress(min(start + at_once, budget), budget)
     if not texts:
@@ -107,8 +112,9 @@ def natural_sampling(targets: Sequence[Target], texts: Sequence[str], features: 
         InputError: an empty pool, or tables of other texts.
     """
     hits = firing(targets, features, threshold=threshold)
-    if not texts or hits.shape[0] != len(texts):
-        raise InputError(f"a pool of {len(texts)} texts with tables of {hits.shape[0]}; expected tables of these texts, at least one")
+    rows = typing.cast(tuple[int, int], hits.shape)[0]
+    if not texts or rows != len(texts):
+        raise InputError(f"a pool of {len(texts)} texts with tables of {rows}; expected tables of these texts, at least one")
     return Baseline("natural sampling", tuple(texts), hits)
 
 
@@ -152,7 +158,8 @@ def coverage_curve(hits: csr_array | csc_array) -> Int[np.ndarray, " B1"]:
     table.sort_indices()
     begins, ends = table.indptr[:-1], table.indptr[1:]
     first = table.indices[begins[ends > begins]]
-    return np.concatenate([[0], np.cumsum(np.bincount(first, minlength=table.shape[0]))]).astype(np.int64)
+    texts = typing.cast(tuple[int, int], table.shape)[0]
+    return np.concatenate([[0], np.cumsum(np.bincount(first, minlength=texts))]).astype(np.int64)
 
 
 def expected_coverage(counts: Int[np.ndarray, " T"], texts: int, budgets: Sequence[int]) -> Float[np.ndarray, " Q"]:

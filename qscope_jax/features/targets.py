@@ -141,12 +141,12 @@ def _counts(target: Target, row: Mapping[str, Any], tau: float, unjudged: bool) 
 
 
 def _target(row: Mapping[str, Any], where: str) -> Target:
-    numbers = [_index(row.get(name), where, name) for name in ("layer", "feature")]
+    layer, feature = (_index(row.get(name), where, name) for name in ("layer", "feature"))
     explanation, score, harmful, threshold = (_stated(row.get(name)) for name in ("explanation", "score", "harmful", "threshold"))
     if explanation is not None and not isinstance(explanation, str):
         raise InputError(f"{where}: explanation holds {type(explanation).__name__}, expected text")
     least = 0.0 if threshold is None else _number(threshold, where, "threshold", float("inf"))
-    return Target(*numbers, explanation or "", None if score is None else _number(score, where, "score", 1.0), _flag(harmful, where), least)
+    return Target(layer, feature, explanation or "", None if score is None else _number(score, where, "score", 1.0), _flag(harmful, where), least)
 
 
 def _stated(value: Any) -> Any:

@@ -105,7 +105,7 @@ def _budget_curves(result: Synthesis, baselines: Sequence[Baseline]) -> "plotly.
     for baseline in baselines:
         there = budgets[budgets <= len(baseline.texts)]
         values = np.full(len(budgets), np.nan)
-        values[: len(there)] = expected_coverage(np.diff(baseline.hits.indptr), len(baseline.texts), there.tolist())
+        values[: len(there)] = expected_coverage(baseline.counts, len(baseline.texts), there.tolist())
         lines[baseline.name] = values
     shown = {name: [float(value) for value in values] for name, values in lines.items()}
     return curves(budgets.tolist(), shown, title="Coverage by budget", x_title="texts written", y_title="share of targets covered")

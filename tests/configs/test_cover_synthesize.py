@@ -33,5 +33,5 @@ def test_the_papers_layer_30_is_the_file_of_layer_29_of_a_released_sae():
     cover, run = read("qwen3_8b_layer29")
     (release,) = [release for release in RELEASES if cover.sae.endswith(f"W{release.num_features // 1024}K-L0_{release.k}")
                   and cover.model == f"Qwen/{release.backbone}"]  # fmt: skip
-    assert cover.layers == (29,) and 29 < release.num_layers
+    assert cover.layers == (29,) and release.num_layers > 29
     assert run.targets == cover.missing
