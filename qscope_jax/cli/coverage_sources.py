@@ -137,9 +137,7 @@ class CoverageSources:
         settings: dict[str, Any] = {"drop_first": not self.options.keep_first, "max_norm_multiple": self.options.max_norm_multiple}
         found = {}
         for group in sae_groups(self.saes, self.layers, self.model):
-            found |= feature_reader(self.model, group, drop_first=not self.options.keep_first, max_norm_multiple=self.options.max_norm_multiple)(
-                texts
-            )
+            found |= feature_reader(self.model, group, **settings)(texts)
         return found
 
     def _listed(self) -> "list[Target]":

@@ -72,7 +72,7 @@ class RunConfig(EndpointOptions, CoverageOptions):
     """With steer: neutral prompts to continue; by default the first two words of some of the data's texts."""
     max_new_tokens: int = 32
     """Tokens of a text; of rewrites and answers eight times as many."""
-    temperature: float = 0.7
+    temperature: float = 1.0
     """Of all draws."""
     batch_size: int = 64
     """Texts that the local model writes at a time."""

@@ -17,7 +17,7 @@ from qscope_jax.models.language_model import Completion, LanguageModel
 from qscope_jax.models.sampling import SamplingConfig
 from qscope_jax.sae.layer_sae import LayerSAE
 
-DOSES = (0.5, 1.0, 0.25, 2.0)
+DOSES = (1.0, 0.5, 0.25, 1.5)
 """Strengths tried in turn, as multiples of the layer's median residual norm."""
 
 
@@ -49,9 +49,9 @@ class SteeredWriter:
     prompts: Sequence[str]
     contexts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     doses: Sequence[float] = DOSES
-    max_tokens: int = 24
-    temperature: float = 0.7
-    top_p: float = 0.95
+    max_tokens: int = 32
+    temperature: float = 1.0
+    top_p: float = 1.0
     separator: str = " "
     batch_size: int = BATCH_SIZE
     steered: bool = True
