@@ -158,7 +158,7 @@ def strongest_contexts(
     for target in targets:
         table = columns[target.layer]
         part = slice(table.indptr[target.feature], table.indptr[target.feature + 1])
-        order = np.argsort(np.negative(table.data[part]), kind="stable")[:count]
+        order = np.argsort(np.negative(np.asarray(table.data, np.float32)[part]), kind="stable")[:count]
         if order.size:
             found[target.key] = [texts[row] for row in table.indices[part][order]]
     return found

@@ -18,6 +18,8 @@ from qscope_jax.features.targets import Target
 from qscope_jax.features.text_features import TextFeatures
 from qscope_jax.features.writers import Request, Writer
 
+_MOST_ASKED = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
@@ -76,12 +78,15 @@ def random_synthesis(
     if budget < 1 or not targets:
         raise InputError(f"random synthesis of {budget} texts for {len(targets)} targets; expected at least one of each")
     control = writer.untargeted()
-    # The requests that a synthesis would make, so that the control draws from the same prompts.
-    requests = [Request(targets[i % len(targets)], i // len(targets)) for i in range(budget)]
     texts: list[str] = []
     failures: list[str] = []
-    for start in range(0, budget, at_once):
-        step = requests[start : start + at_once]
+    asked = 0
+    # What failed is made up for, since a synthesis' budget counts texts too; but a writer that mostly fails is not asked for ever.
+    while len(texts) < budget and asked < _MOST_ASKED * budget:
+        # The requests that a synthesis would make, so that the control draws from the same prompts.
+        numbers = range(asked, asked + min(at_once, budget - len(texts)))
+        step = [Request(targets[i % len(targets)], i // len(targets)) for i in numbers]
+        asked += len(step)
         kept = {request: record["text"] for request in step if log is not None and (record := log.get(_identity(request))) is not None}
         fresh = [request for request in step if request not in kept]
         for request, reply in zip(fresh, control(fresh, seed=seed) if fresh else [], strict=True):
@@ -93,7 +98,7 @@ def random_synthesis(
                 log.add(_identity(request), {"text": reply.text})
         texts += [str(kept[request]) for request in step if request in kept]
         if progress is not None:
-            progress(min(start + at_once, budget), budget)
+            progress(len(texts), budget)
     if not texts:
         raise InputError(f"{control.name}: wrote no text for the random baseline; the last error: {failures[-1]}")
     return Baseline("random synthesis", tuple(texts), firing(targets, read(texts), threshold=threshold), tuple(failures))

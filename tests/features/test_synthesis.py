@@ -185,6 +185,15 @@ def test_random_synthesis_writes_as_many_texts_and_keeps_them_all(read, tmp_path
     assert random_synthesis(TARGETS, Planned({}, "!never"), read, 7, log=log).texts == found.texts
 
 
+def test_a_random_text_that_failed_is_made_up_for(read):
+    class Fails(Planned):
+        def untargeted(self):
+            return Planned({("0/1", 0): "!HTTP 500", ("0/5", 1): "!HTTP 503"}, "y 5")
+
+    found = random_synthesis(TARGETS, Fails({}), read, 7, at_once=3)
+    assert len(found.texts) == 7 and found.failures == ("0/1 untargeted 0: HTTP 500", "0/5 untargeted 1: HTTP 503")
+
+
 def test_progress_tells_targets_that_have_their_texts(read):
     told: list[tuple[int, int]] = []
     synthesize(TARGETS, Planned({}, "x 1 2"), read, SynthesisConfig(attempts=2), progress=lambda done, all: told.append((done, all)))
