@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csc_array
 
 from qscope_jax.errors import InputError
+from qscope_jax.features.feature_reader import FeatureReader
 from qscope_jax.features.feature_store import FeatureStore
 from qscope_jax.features.targets import Target, check_targets
 from qscope_jax.features.text_features import TextFeatures
@@ -117,6 +118,25 @@ def firing(targets: Sequence[Target], features: Mapping[int, TextFeatures], *, t
     indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     indices = np.concatenate(rows)
     return csc_array((np.ones(len(indices), bool), indices, indptr), shape=(texts, len(targets)))
+
+
+def firing_of_texts(
+    targets: Sequence[Target], texts: Sequence[str], read: FeatureReader, *, threshold: float = 0.0
+) -> tuple[csc_array, Float[np.ndarray, "B T"]]:
+    """Read texts, of which blank ones fire nothing: which of them fire which targets, and how strongly each target is active in them.
+
+    Raises:
+        InputError: as `coverage`.
+    """
+    check = np.array([row for row, text in enumerate(texts) if text.strip()], np.int64)
+    activations = np.zeros((len(texts), len(targets)), np.float32)
+    if not check.size:
+        return csc_array(activations.shape, dtype=bool), activations
+    tables = read([text for text in texts if text.strip()])
+    hits = firing(targets, tables, threshold=threshold)
+    for places, columns in _columns(targets, tables):
+        activations[np.ix_(check, np.asarray(places))] = columns.toarray()
+    return csc_array((hits.data, check[hits.indices], hits.indptr), shape=activations.shape), activations
 
 
 def store_coverage(targets: Sequence[Target], store: FeatureStore, *, threshold: float = 0.0, texts: Sequence[int] | None = None) -> Coverage:

@@ -116,8 +116,8 @@ class SteeredWriter:
         ids = answer.token_ids[:-1] if answer.stopped else answer.token_ids
         added = self.model.tokenizer.decode(list(ids), skip_special_tokens=True)
         text = added if self._contexts(request) else answer.prompt + added
-        # A cut inside a character leaves the replacement sign at the end.
-        return Reply(text.rstrip("\ufffd").strip()) if added.strip("\ufffd \n") else Reply("", "nothing was added to the prompt")
+        # A cut inside a character leaves the replacement sign at the end. Nothing at all is an answer too: asking again would give the same.
+        return Reply(text.rstrip("\ufffd").strip())
 
     def _edit(self, requests: Sequence[Request]) -> AddDirections:
         """An addition with a direction for each row, whose strengths are zero for all other rows."""

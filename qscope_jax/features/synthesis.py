@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from qscope_jax.data.record_log import RecordLog
 from qscope_jax.errors import InputError, SourceError
-from qscope_jax.features.coverage import firing
+from qscope_jax.features.coverage import firing_of_texts
 from qscope_jax.features.feature_reader import FeatureReader
 from qscope_jax.features.generators import Generator, Reply
 from qscope_jax.features.judge import judge_same_meaning
@@ -269,10 +270,8 @@ class _Maker:
 
     def _checked(self, written: list[tuple[Request, str]], style: str, same: Sequence[bool] | None = None) -> list[Candidate]:
         """The firing check."""
-        if not written:
-            return []
-        tables = self.read([text for _, text in written])
-        hits = firing(self.targets, tables, threshold=self.config.threshold).tocsr()
+        table, activations = firing_of_texts(self.targets, [text for _, text in written], self.read, threshold=self.config.threshold)
+        hits = csr_array(table)
         found = []
         for row, (request, text) in enumerate(written):
             target = request.target
@@ -280,7 +279,7 @@ class _Maker:
             own = bool(self.place[target.key] in fired)
             kept = own and (same is None or same[row])
             harmful = self.config.harmful if target.harmful is None else target.harmful
-            activation = float(tables[target.layer].maxima[row, target.feature])
+            activation = float(activations[row, self.place[target.key]])
             fires = tuple(self.targets[place].key for place in fired) if kept else ()
             found.append(Candidate(target.layer, target.feature, request.attempt, style, text, activation, own, kept, fires, harmful))
         return found

@@ -11,7 +11,7 @@ from scipy.sparse import csc_array, csr_array
 
 from qscope_jax.data.record_log import RecordLog
 from qscope_jax.errors import InputError
-from qscope_jax.features.coverage import firing
+from qscope_jax.features.coverage import firing, firing_of_texts
 from qscope_jax.features.feature_reader import FeatureReader
 from qscope_jax.features.synthesis import Synthesis
 from qscope_jax.features.targets import Target
@@ -101,7 +101,8 @@ def random_synthesis(
             progress(len(texts), budget)
     if not texts:
         raise InputError(f"{control.name}: wrote no text for the random baseline; the last error: {failures[-1]}")
-    return Baseline("random synthesis", tuple(texts), firing(targets, read(texts), threshold=threshold), tuple(failures))
+    hits, _ = firing_of_texts(targets, texts, read, threshold=threshold)
+    return Baseline("random synthesis", tuple(texts), hits, tuple(failures))
 
 
 def natural_sampling(targets: Sequence[Target], texts: Sequence[str], features: Mapping[int, TextFeatures], *, threshold: float = 0.0) -> Baseline:

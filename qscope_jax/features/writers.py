@@ -46,7 +46,10 @@ class Request:
 
 @runtime_checkable
 class Writer(Protocol):
-    """Writes texts for targets; one that fails gets a `Reply` with its error. A text depends on its request and the seed alone."""
+    """Writes texts for targets; one that fails gets a `Reply` with its error. A text depends on its request and the seed alone.
+
+    A text without error may be empty: written, and of no use.
+    """
 
     @property
     def name(self) -> str:

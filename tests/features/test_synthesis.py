@@ -154,6 +154,21 @@ def test_a_request_that_failed_is_reported_and_asked_again_by_the_next_run(read,
     assert healed.coverage == 1 and healed.resumed == 2 and healed.failures == ()
 
 
+def test_an_empty_text_is_written_and_fires_nothing(read, tmp_path):
+    log = RecordLog(tmp_path / "log.jsonl", "id", "record")
+    for _ in range(2):
+        found = synthesize(TARGETS, Planned({("0/2", 0): "x 2"}, " "), read, SynthesisConfig(attempts=2), log=log)
+        assert (found.written, [c.key for c in found.kept], found.failures) == (5, ["0/2"], ())
+    assert found.resumed == 5 and random_synthesis(TARGETS, Blank({}), read, 4).coverage(4) == 0
+
+
+class Blank(Planned):
+    """Whose control writes nothing."""
+
+    def untargeted(self):
+        return Planned({}, "")
+
+
 def test_a_text_whose_answer_failed_is_made_again(read, tmp_path):
     log = RecordLog(tmp_path / "log.jsonl", "id", "record")
     config = SynthesisConfig(attempts=1, respond=True)
