@@ -24,6 +24,8 @@ VERBS = {
     "explain": "show what features stand for: contexts, words, neighbours",
     "classify": "tell classes of texts apart by the features that fire",
     "benchmarks": "find what benchmarks measure, and which to keep",
+    "cover": "find the features that a data set fires, and those it misses",
+    "synthesize": "write texts for the missing ones; mix and score them",
 }
 _INTERRUPTED = 130
 

@@ -17,7 +17,7 @@ class Reply:
     """An answer, or why there is none.
 
     Attributes:
-        text: The answer; empty where there is none.
+        text: The answer; empty where there is none, or where nothing was said.
         error: Why there is none, in one line; empty where there is one.
     """
 
