@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "qscope_jax.errors": ("QscopeError",),
     "qscope_jax.parallel.mesh": ("make_mesh",),
+    "qscope_jax.data.tables": ("load_table",),
     "qscope_jax.data.texts": ("load_texts",),
     "qscope_jax.models.config": ("ModelConfig",),
     "qscope_jax.models.decoder": ("Decoder", "DecoderOutput"),
@@ -34,6 +35,17 @@ _HOMES = {
         "sign_flipped",
         "steer",
     ),
+    "qscope_jax.features.text_features": ("TextFeatures", "text_features"),
+    "qscope_jax.features.feature_store": ("FeatureStore", "read_store"),
+    "qscope_jax.features.store_writer": ("StoreConfig", "write_store"),
+    "qscope_jax.features.explanation": ("explain_features",),
+    "qscope_jax.features.fit_classifier": ("fit_classifier",),
+    "qscope_jax.features.feature_classifier": ("FeatureClassifier", "load_classifier"),
+    "qscope_jax.features.benchmark_comparison": ("compare_benchmarks",),
+    "qscope_jax.features.coverage": ("coverage",),
+    "qscope_jax.features.synthesis": ("synthesize",),
+    "qscope_jax.features.endpoint": ("EndpointGenerator",),
+    "qscope_jax.features.local_generator": ("LocalGenerator",),
     "qscope_jax.training.activations": ("ActivationConfig",),
     "qscope_jax.training.loop": ("LoopConfig", "train"),
     "qscope_jax.training.sae": ("SAETraining",),
@@ -45,11 +57,20 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
+    from qscope_jax.data.tables import load_table
     from qscope_jax.data.texts import load_texts
     from qscope_jax.demo.embedded import tiny_model, tiny_saes
     from qscope_jax.errors import QscopeError
+    from qscope_jax.features.benchmark_comparison import compare_benchmarks
     from qscope_jax.features.compare import compare
+    from qscope_jax.features.coverage import coverage
+    from qscope_jax.features.endpoint import EndpointGenerator
+    from qscope_jax.features.explanation import explain_features
+    from qscope_jax.features.feature_classifier import FeatureClassifier, load_classifier
+    from qscope_jax.features.feature_store import FeatureStore, read_store
+    from qscope_jax.features.fit_classifier import fit_classifier
     from qscope_jax.features.languages import monolinguality
+    from qscope_jax.features.local_generator import LocalGenerator
     from qscope_jax.features.readout import Readout, read_features, token_texts
     from qscope_jax.features.steering import (
         ablate,
@@ -63,6 +84,9 @@ if TYPE_CHECKING:
         sign_flipped,
         steer,
     )
+    from qscope_jax.features.store_writer import StoreConfig, write_store
+    from qscope_jax.features.synthesis import synthesize
+    from qscope_jax.features.text_features import TextFeatures, text_features
     from qscope_jax.models.config import ModelConfig
     from qscope_jax.models.decoder import Decoder, DecoderOutput
     from qscope_jax.models.language_model import Completion, LanguageModel, load_model
