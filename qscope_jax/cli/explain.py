@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qscope_jax.cli.endpoints import EndpointOptions, open_endpoint
 from qscope_jax.cli.options import Integers, Texts, check_at_least
 from qscope_jax.cli.results import check_writable, write_result
 from qscope_jax.errors import ConfigError
@@ -28,7 +29,7 @@ _DENSE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(EndpointOptions):
     """Show where features fire, for whom, what they write and what is near them; explain them by a language model; make a site of a layer."""
 
     store: str
@@ -63,10 +64,6 @@ class Config:
     """Name of the model that explains, as the endpoint knows it."""
     judge_model: str = ""
     """Name of the model that scores; by default the same."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the endpoint's key."""
-    concurrency: int = 4
-    """Requests to the endpoint at a time."""
     site: str = ""
     """Folder for a site that browses and searches the features."""
     neuronpedia: str = ""
@@ -202,12 +199,9 @@ def _interpret(store: "FeatureStore", labels: "Labels", config: Config) -> "Labe
 
 
 def _generators(config: Config) -> "tuple[Generator, Generator]":
-    from qscope_jax.features.endpoint import EndpointGenerator
-
-    def generator(model: str) -> "Generator":
-        return EndpointGenerator(config.endpoint, model=model, key_variable=config.key_variable, concurrency=config.concurrency)
-
-    return generator(config.endpoint_model), generator(config.judge_model or config.endpoint_model)
+    judge = config.judge_model or config.endpoint_model
+    explains, judges = (open_endpoint(config.endpoint, model, config, flag="--endpoint-model") for model in (config.endpoint_model, judge))
+    return explains, judges
 
 
 def _show_problems(problems: dict[int, str], asked: int) -> None:

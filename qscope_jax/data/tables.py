@@ -69,6 +69,20 @@ class Table:
         return [_class(value, f"{self.name} {place}", name) for value, place in zip(self.column(name), self.places, strict=True)]
 
 
+def read_index(value: Any, where: str, name: str) -> int:
+    """A whole number from 0, such as a layer or a feature; in CSV it is text.
+
+    Raises:
+        InputError: it is something else; `where` it stands and its `name` are said.
+    """
+    text = value.strip() if isinstance(value, str) else value
+    if isinstance(text, str) and text.isascii() and text.isdigit():
+        return int(text)
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    raise InputError(f"{where}: {name} holds {value!r}, expected a whole number from 0")
+
+
 def load_table(source: str | Path, *, split: str = "train", limit: int | None = None) -> Table:
     """Read rows into memory; see `stream_rows`.
 

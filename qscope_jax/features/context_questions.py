@@ -24,7 +24,6 @@ own. In each stretch some tokens are marked: those between {OPEN} and {CLOSE}. F
 explanation describes.
 Answer with a JSON list of 0 (no) and 1 (yes), one number for each stretch in order, such as [1, 0, 1], and nothing else."""
 
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 _LIST = re.compile(r"\[\s*(?:[01]\s*,\s*)*[01]\s*\]")
 _SHOWN = 80
 
@@ -95,7 +94,7 @@ def read_explanation(reply: Reply) -> tuple[str, str]:
     """
     if reply.error:
         return "", f"no explanation: {reply.error}"
-    lines = [line.strip(" *") for line in _spoken(reply).splitlines() if line.strip(" *")]
+    lines = [line.strip(" *") for line in reply.spoken.splitlines() if line.strip(" *")]
     named = [match[1].strip(" *") for line in lines if (match := re.match(r"explanation\W*:\**(.*)", line, re.IGNORECASE))]
     found = named[-1] if named else lines[0] if len(lines) == 1 else ""
     return (found, "") if found else ("", f"no explanation in the answer {_cut(reply.text)!r}")
@@ -103,7 +102,7 @@ def read_explanation(reply: Reply) -> tuple[str, str]:
 
 def read_answers(reply: Reply, count: int) -> list[bool] | None:
     """The answers to `count` examples; None where the reply is anything but one list of so many 0 and 1."""
-    lists = _LIST.findall(_spoken(reply))
+    lists = _LIST.findall(reply.spoken)
     answers = [digit == "1" for digit in re.findall("[01]", lists[0])] if len(lists) == 1 else []
     return answers if len(answers) == count else None
 
@@ -133,11 +132,6 @@ def _numbered(explanation: str, lines: Sequence[str]) -> str:
 
 def _conversation(rule: str, question: str) -> list[Message]:
     return [{"role": "system", "content": rule}, {"role": "user", "content": question}]
-
-
-def _spoken(reply: Reply) -> str:
-    """An answer without the thoughts of a model that thinks aloud."""
-    return _THOUGHTS.sub("", reply.text)
 
 
 def _cut(text: str) -> str:

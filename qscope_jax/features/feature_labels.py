@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_jax.data.files import atomic_path, plain
-from qscope_jax.data.tables import load_table
+from qscope_jax.data.tables import load_table, read_index
 from qscope_jax.errors import InputError
 from qscope_jax.features.feature_card import FeatureCard
 
@@ -69,7 +69,7 @@ def labelled(card: FeatureCard, labels: Mapping[tuple[int, int], FeatureLabel]) 
 
 
 def _label(row: Mapping[str, Any], where: str) -> FeatureLabel:
-    layer, feature = (_index(row.get(name), where, name) for name in ("layer", "feature"))
+    layer, feature = (read_index(row.get(name), where, name) for name in ("layer", "feature"))
     explanation, scores, by = row.get("explanation"), row.get("scores") or {}, row.get("by") or ""
     if not isinstance(explanation, str):
         raise InputError(f"{where}: explanation holds {type(explanation).__name__}, expected text")
@@ -77,15 +77,6 @@ def _label(row: Mapping[str, Any], where: str) -> FeatureLabel:
         raise InputError(f"{where}: scores should be named numbers and `by` text; mend or remove the row")
     found = {str(name): _score(value, where) for name, value in scores.items()}
     return FeatureLabel(layer, feature, explanation, _score(row.get("score"), where), {n: s for n, s in found.items() if s is not None}, by)
-
-
-def _index(value: Any, where: str, name: str) -> int:
-    text = value.strip() if isinstance(value, str) else value
-    if isinstance(text, str) and text.isascii() and text.isdigit():
-        return int(text)
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
-    raise InputError(f"{where}: {name} holds {value!r}, expected a whole number from 0")
 
 
 def _score(value: Any, where: str) -> float | None:

@@ -13,7 +13,7 @@ Shards hold consecutive texts. Files are read when they are asked for, and mappe
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +33,9 @@ VERSION = 1
 TEXTS_FILE = "texts.parquet"
 TOKENS_FILE = "tokens.safetensors"
 VOCABULARY_FILE = "vocabulary.json"
+
+# Files that stay mapped, so that reading text by text does not parse a header for each.
+_MAPPED = 64
 
 
 def shard_name(index: int) -> str:
@@ -116,6 +119,7 @@ class FeatureStore:
     has_codes: bool
     has_streams: bool
     facts: Mapping[str, Any]
+    _maps: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_texts(self) -> int:
@@ -270,7 +274,12 @@ class FeatureStore:
         return self._mapped(shard, layer_file(self.check_layer(layer)))
 
     def _mapped(self, shard: int, file: str) -> dict[str, np.ndarray]:
-        return map_safetensors(self.folder / shard_name(shard) / file)
+        name = f"{shard_name(shard)}/{file}"
+        if name not in self._maps:
+            if len(self._maps) >= _MAPPED:
+                self._maps.clear()
+            self._maps[name] = map_safetensors(self.folder / name)
+        return self._maps[name]
 
     def _column(self, shard: int, name: str) -> list[Any]:
         import pyarrow

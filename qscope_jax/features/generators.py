@@ -1,8 +1,11 @@
 """Whoever answers a conversation: the local model, steered or not, or an endpoint on the network; what asks does not care which."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict, runtime_checkable
+
+_THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
 
 class Message(TypedDict):
@@ -23,6 +26,11 @@ class Reply:
 
     text: str
     error: str = ""
+
+    @property
+    def spoken(self) -> str:
+        """The answer without what a model that thinks aloud thought before it."""
+        return _THOUGHTS.sub("", self.text).strip()
 
 
 @runtime_checkable

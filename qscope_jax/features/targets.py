@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qscope_jax.data.files import atomic_path
-from qscope_jax.data.tables import load_table
+from qscope_jax.data.tables import load_table, read_index
 from qscope_jax.errors import InputError
 from qscope_jax.features.text_features import TextFeatures
 
@@ -141,7 +141,7 @@ def _counts(target: Target, row: Mapping[str, Any], tau: float, unjudged: bool) 
 
 
 def _target(row: Mapping[str, Any], where: str) -> Target:
-    layer, feature = (_index(row.get(name), where, name) for name in ("layer", "feature"))
+    layer, feature = (read_index(row.get(name), where, name) for name in ("layer", "feature"))
     explanation, score, harmful, threshold = (_stated(row.get(name)) for name in ("explanation", "score", "harmful", "threshold"))
     if explanation is not None and not isinstance(explanation, str):
         raise InputError(f"{where}: explanation holds {type(explanation).__name__}, expected text")
@@ -152,15 +152,6 @@ def _target(row: Mapping[str, Any], where: str) -> Target:
 def _stated(value: Any) -> Any:
     """The value; nothing where a cell is empty, as cells of CSV are."""
     return None if isinstance(value, str) and not value.strip() else value
-
-
-def _index(value: Any, where: str, name: str) -> int:
-    text = value.strip() if isinstance(value, str) else value
-    if isinstance(text, str) and text.isascii() and text.isdigit():
-        return int(text)
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
-    raise InputError(f"{where}: {name} holds {value!r}, expected a whole number from 0; a target has a layer and a feature")
 
 
 def _number(value: Any, where: str, name: str, most: float) -> float:

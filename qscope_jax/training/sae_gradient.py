@@ -212,7 +212,7 @@ class _Matrices:
     def residual(self, target_ND: Array, code: "_Code") -> tuple[Array, Array]:
         """What a code leaves of a target, and its products with the code's rows."""
         rows = (target_ND, code.values_NJ, code.indices_NJ)
-        return _in_parts(lambda part: residual_rows(*part, self.W_dec_FD), rows, self.config.micro_batches)
+        return _in_parts(lambda part: residual_rows(part[0], part[1], part[2], self.W_dec_FD), rows, self.config.micro_batches)
 
     def gradient(self, x_ND: Array, terms: Sequence["_Term"], db_dec_ND: Array, toward_l0: Array) -> SparseAutoencoder:
         """Sum over this device's tokens of every term's gradient."""
