@@ -78,8 +78,10 @@ def test_stop_after_and_unrolled_layers_give_the_same_streams(decoder, folder, t
 
 def test_an_edit_moves_its_layer_and_those_above(decoder, tokens):
     direction = np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32)
-    plain, edited = run(decoder, tokens), run(decoder, tokens, edits=(add_directions(1, direction, 2.0),))
+    # Both with an edit: one program, which rounds alike.
+    plain, edited = (run(decoder, tokens, edits=(add_directions(1, direction, strength),)) for strength in (0.0, 2.0))
     assert np.array_equal(plain.residuals[0], edited.residuals[0])
+    assert_close(plain.residuals, run(decoder, tokens).residuals, 1e-6)
     assert_close(edited.residuals[1] - plain.residuals[1], np.broadcast_to(2 * direction[0], plain.residuals[1].shape), 1e-5)
     assert np.abs(edited.residuals[2] - edited.residuals[1] - plain.residuals[2] + plain.residuals[1]).max() > 1e-3
 
