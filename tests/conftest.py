@@ -1,6 +1,7 @@
 """What every test runs under (strict dtypes, eight virtual devices), and the fixtures that several packages share."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,14 @@ import pytest
 from qscope_jax.models.config import ModelConfig
 from tests.small_config import small_config
 from tests.support import SupportTable
+
+# Tests run tiny programs a few times, and most of their time would go into making them fast: LLVM optimises little, and XLA emits a program's
+# fusions by its older emitters, not each as a module of its own. In the environment, for the programs that tests start; what is set there already
+# stays: JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=--xla_cpu_use_fusion_emitters=true runs the tests on what users run.
+_QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1").lower() in ("1", "true")
+jax.config.update("jax_disable_most_optimizations", _QUICK)
+if jax.__version_info__ < (0, 11):  # XLA ends a process that names a flag it does not know
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"  # the last one counts
 
 # Before the first use of a device. Eight virtual ones cost the suite nothing; a mesh takes those it names.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -47,6 +56,14 @@ def forget_programs() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Let LLVM optimise after all, for a test whose time goes into running."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", _QUICK)
 
 
 @pytest.fixture(scope="session")

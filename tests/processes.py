@@ -23,7 +23,9 @@ class Finished(NamedTuple):
     err: str
 
 
-def run_processes(module: str, count: int, *arguments: object, devices: int = 1, timeout: float = 100) -> list[Finished]:
+def run_processes(
+    module: str, count: int, *arguments: object, devices: int = 1, timeout: float = 100, rounds_as_for_users: bool = False
+) -> list[Finished]:
     """Run `python -m module arguments` in `count` processes at once, of `devices` virtual CPU devices each.
 
     The module calls `join` before anything else of JAX. If one is not done after `timeout` seconds, or fails while others wait for it, all are
@@ -36,7 +38,8 @@ def run_processes(module: str, count: int, *arguments: object, devices: int = 1,
     with contextlib.ExitStack() as files:
         # Into files: a pipe that nobody reads yet holds 64 KB, and then its writer.
         written = [tuple(files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)) for _ in range(count)]
-        names = [{_COORDINATOR: coordinator, _COUNT: str(count), _INDEX: str(i)} for i in range(count)]
+        compiler = {"XLA_FLAGS": ""} if rounds_as_for_users else {}
+        names = [{_COORDINATOR: coordinator, _COUNT: str(count), _INDEX: str(i), **compiler} for i in range(count)]
         started = [_start(module, arguments, own, devices, *streams) for own, streams in zip(names, written, strict=True)]
         try:
             while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
@@ -50,9 +53,9 @@ def run_processes(module: str, count: int, *arguments: object, devices: int = 1,
         return [Finished(process.wait(), *map(_read, streams)) for process, streams in zip(started, written, strict=True)]
 
 
-def run_program(module: str, *arguments: object, devices: int = 1, timeout: float = 100) -> Finished:
-    """The same for one process by itself."""
-    return run_processes(module, 1, *arguments, devices=devices, timeout=timeout)[0]
+def run_program(module: str, *arguments: object, devices: int = 1, timeout: float = 100, rounds_as_for_users: bool = False) -> Finished:
+    """The same for one process by itself; `rounds_as_for_users`: without the flags of XLA in `tests/conftest.py`."""
+    return run_processes(module, 1, *arguments, devices=devices, timeout=timeout, rounds_as_for_users=rounds_as_for_users)[0]
 
 
 def join() -> None:

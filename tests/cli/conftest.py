@@ -1,6 +1,6 @@
 """A small random model with a tokenizer, and random SAEs for it, as folders that verbs open by path."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +19,6 @@ from qscope_jax.sae.formats.own_format import write_folder
 
 SENTENCE = "My grandmother made tea in the garden. 奶奶在花园里泡茶。 "
 WIDTH, FEATURES, LAYERS = 16, 40, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Tell LLVM to optimise less: these tests run tiny programs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

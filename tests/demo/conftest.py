@@ -1,7 +1,5 @@
 """A corpus of two topics, and a random model with a tokenizer that reads its sentences in a few tokens."""
 
-from collections.abc import Iterator
-
 import jax
 import pytest
 
@@ -14,14 +12,6 @@ from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
 
 FAST = TinySAESettings(num_features=64, k=4, steps=5, batch_tokens=64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Tell XLA to optimise less: these tests run many small programs a few times, and most of their time would go into making them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

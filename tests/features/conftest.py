@@ -1,6 +1,6 @@
 """Readouts written by hand, and a small model that reads characters with random SAEs on it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,6 @@ from qscope_jax.sae.autoencoder import SparseAutoencoder
 from qscope_jax.sae.layer_sae import LayerSAE
 
 F, K = 24, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Tell XLA to optimise less: these tests run tiny programs once, and most of their time would go into making them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

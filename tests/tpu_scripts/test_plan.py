@@ -3,11 +3,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import pytest
 import yaml
 
@@ -22,14 +21,6 @@ MODEL = {
 RUN = {"out": "runs/x", "num_features": 512, "k": 8, "batch_tokens": 256, "buffer_batches": 4, "lanes": 4, "sequence_length": 32, "model_batch": 8}
 GIB = 2**30
 libtpu_only = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Tell LLVM to optimise less: nothing runs here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Answer(NamedTuple):
