@@ -191,8 +191,7 @@ def data_efficiency(
     Raises:
         InputError: shares do not ascend to 1, or all texts of a half are of one class.
     """
-    if list(shares) != sorted(shares) or not shares or shares[-1] != 1 or shares[0] <= 0 or seeds < 1:
-        raise InputError(f"shares {list(shares)} and {seeds} seeds; expected shares that ascend from above 0 to 1, and 1 seed or more")
+    check_draws(shares, seeds)
     chosen, best = (np.zeros((len(shares), seeds, len(halves))) for _ in range(2))
     budgets = np.zeros((len(shares), len(halves)))
     for j, half in enumerate(halves.values()):
@@ -210,6 +209,16 @@ def data_efficiency(
                 chosen[p, seed, j] = _evaluation_f1(own, drawn, config)
                 best[p, seed, j] = max(_evaluation_f1({layer: table}, drawn, config) for layer, table in own.items())
     return Efficiency(tuple(budgets.mean(axis=1).tolist()), chosen.mean(axis=2), best.mean(axis=2))
+
+
+def check_draws(shares: Sequence[float], seeds: int) -> None:
+    """Check what `data_efficiency` draws.
+
+    Raises:
+        InputError: shares do not ascend to 1, or there are no seeds.
+    """
+    if list(shares) != sorted(shares) or not shares or shares[-1] != 1 or shares[0] <= 0 or seeds < 1:
+        raise InputError(f"shares {list(shares)} and {seeds} seeds; expected shares that ascend from above 0 to 1, and 1 seed or more")
 
 
 def _evaluation_f1(tables: Tables, halves: LabelledHalves, config: RuleConfig | None) -> float:
