@@ -149,8 +149,8 @@ def firing_differences(
     """
     classes = _classes(features, positive_B, rows)
     lengths = np.diff(features.maxima.indptr)
-    counts = [np.bincount(features.maxima.indices[np.repeat(chosen_B, lengths)], minlength=features.num_features) for chosen_B in classes]
-    return _difference(*counts, *(int(chosen_B.sum()) for chosen_B in classes))
+    hits, alarms = (np.bincount(features.maxima.indices[np.repeat(of_class_B, lengths)], minlength=features.num_features) for of_class_B in classes)
+    return _difference(hits, alarms, int(classes[0].sum()), int(classes[1].sum()))
 
 
 def threshold_differences(
