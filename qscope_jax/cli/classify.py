@@ -68,7 +68,7 @@ class PredictConfig(ModelOptions):
     sae: str = ""
     """SAEs of a top_k classifier, by default those it was fitted with."""
     file: str = ""
-    """Classify the documents of this file, folder or hub dataset instead, or with - the lines of standard input as they come."""
+    """Classify the documents of this file, folder or hub dataset instead, or with - the lines of standard input as they come, a batch at a time."""
     column: str = "text"
     """Column or key that holds the text."""
     label_column: str = ""
@@ -78,7 +78,7 @@ class PredictConfig(ModelOptions):
     limit: int | None = None
     """Read at most so many documents of the file."""
     batch_size: int | None = None
-    """Texts in a forward pass, by default as in the fit."""
+    """Texts in a forward pass, by default as in the fit; 1 answers each line of standard input at once."""
     out: str = ""
     """JSON-lines file for the answers."""
 
