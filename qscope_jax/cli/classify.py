@@ -68,7 +68,7 @@ class PredictConfig(ModelOptions):
     sae: str = ""
     """SAEs of a top_k classifier, by default those it was fitted with."""
     file: str = ""
-    """Classify the documents of this file, folder or hub dataset instead, or with - the lines of standard input as they come."""
+    """Classify the documents of this file, folder or hub dataset instead, or with - the lines of standard input as they come, a batch at a time."""
     column: str = "text"
     """Column or key that holds the text."""
     label_column: str = ""
@@ -78,7 +78,7 @@ class PredictConfig(ModelOptions):
     limit: int | None = None
     """Read at most so many documents of the file."""
     batch_size: int | None = None
-    """Texts in a forward pass, by default as in the fit."""
+    """Texts in a forward pass, by default as in the fit; 1 answers each line of standard input at once."""
     out: str = ""
     """JSON-lines file for the answers."""
 
@@ -107,10 +107,12 @@ class ReportConfig(RuleOptions):
 
 def fit(config: FitConfig) -> dict[str, Any]:
     """Fit and save a classifier; returns what its file says."""
+    from qscope_jax.features.feature_classifier import check_classifier_folder
     from qscope_jax.features.fit_classifier import ClassifierConfig, classifier_from_tables
 
     check_labelled(config)
     rule = _rule(config)
+    check_classifier_folder(config.out)
     check_writable(config.out, folder=True)
     data, store = read_labelled(config)
     if config.languages is not None:
@@ -148,8 +150,10 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     if classifier.reading == "top_k":
         collection = open_saes(config.sae or classifier.sae, model)
         saes = [collection[layer] for layer in classifier.rule.layers]
-    answers = _answers(config, classifier.predict(model, texts, saes))
-    result: dict[str, Any] = {"texts": len(answers), "classes": dict(Counter(label for label, _, _ in answers))}
+    answers: list[tuple[bool, float]] = []
+    # Answers are remembered only where they will be scored: standard input may never end.
+    classes = _write_answers(config, classifier.predict(model, texts, saes), None if labels is None else answers)
+    result: dict[str, Any] = {"texts": classes.total(), "classes": dict(classes)}
     if labels is not None:
         result["scores"] = _scored(answers, [label == classifier.positive for label in labels])
     return result
@@ -208,18 +212,21 @@ def _texts(config: PredictConfig, classifier: "FeatureClassifier") -> tuple[Iter
     return found.texts, found.labels
 
 
-def _answers(config: PredictConfig, predictions: "Iterable[Prediction]") -> list[tuple[str, bool, float]]:
-    """Print and write answers as they come; label, whether positive, and score of each."""
+def _write_answers(config: PredictConfig, predictions: "Iterable[Prediction]", kept: list[tuple[bool, float]] | None) -> Counter[str]:
+    """Print and write answers as they come, and keep whether each is positive and its score, if asked to; the texts of each class."""
     from qscope_jax.data.files import atomic_path
     from qscope_jax.report.terminal import print_table
 
-    answers, rows = [], []
+    classes: Counter[str] = Counter()
+    rows = []
     with contextlib.ExitStack() as stack:
         file = None
         if config.out:
             file = stack.enter_context(open(stack.enter_context(atomic_path(Path(config.out).expanduser())), "w", encoding="utf-8"))
         for one in predictions:
-            answers.append((one.label, one.positive, one.score))
+            classes[one.label] += 1
+            if kept is not None:
+                kept.append((one.positive, one.score))
             line = json.dumps(
                 {"label": one.label, "score": one.score, "text": one.text, "firings": [asdict(f) for f in one.firings]}, ensure_ascii=False
             )
@@ -231,19 +238,18 @@ def _answers(config: PredictConfig, predictions: "Iterable[Prediction]") -> list
                 fired = ", ".join(f"{firing.feature} of layer {firing.layer}" for firing in one.firings)
                 rows.append((one.label, one.score, fired or None, _short(one.text)))
     if rows:
-        print_table(
-            ("class", "score", "features", "text"), rows, title=f"{len(answers):,} texts" + (f", the first {_SHOWN}" if len(answers) > _SHOWN else "")
-        )
-    return answers
+        count = classes.total()
+        print_table(("class", "score", "features", "text"), rows, title=f"{count:,} texts" + (f", the first {_SHOWN}" if count > _SHOWN else ""))
+    return classes
 
 
-def _scored(answers: list[tuple[str, bool, float]], truth: list[bool]) -> dict[str, Any]:
+def _scored(answers: list[tuple[bool, float]], truth: list[bool]) -> dict[str, Any]:
     import numpy as np
 
     from qscope_jax.features.classification_scores import binary_scores
     from qscope_jax.report.terminal import print_kv
 
-    found = binary_scores(np.array(truth), np.array([called for _, called, _ in answers]), np.array([score for _, _, score in answers]))
+    found = binary_scores(np.array(truth), *map(np.array, zip(*answers, strict=True)))
     print()
     print_kv({name: str(getattr(found, name)) for name in _SCORES}, title="Scores, with intervals of 95 %")
     return found.plain()

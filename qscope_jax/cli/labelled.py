@@ -150,7 +150,7 @@ def read_activations(config: LabelledOptions, data: "LabelledData", store: "Feat
 def mark_tokens(
     found: Activations, data: "LabelledData", store: "FeatureStore | None", wanted: Sequence[tuple[int, int, int]]
 ) -> "list[tuple[list[str], np.ndarray]]":
-    """The tokens of texts of `data`, and a feature's activation at each; asked for by (text, layer, feature).
+    """The tokens of texts of `data`, and a feature's activation at each, 0 at those that do not count; asked for by (text, layer, feature).
 
     Of a store that keeps no codes, a text is one piece.
     """
@@ -159,9 +159,10 @@ def mark_tokens(
     if store is not None:
         if not store.has_codes:
             return [([data.texts[row]], np.zeros(1)) for row, _, _ in wanted]
+        places = ((int(data.rows[row]), layer, feature) for row, layer, feature in wanted)
         return [
-            ([store.vocabulary[token] for token in store.token_ids(text)], store.code(layer, text).activation(feature))
-            for text, layer, feature in ((int(data.rows[row]), layer, feature) for row, layer, feature in wanted)
+            ([store.vocabulary[token] for token in store.token_ids(text)], np.where(code.counted, code.activation(feature), 0))
+            for text, feature, code in ((text, feature, store.code(layer, text)) for text, layer, feature in places)
         ]
     from qscope_jax.features.readout import read_features, token_texts
 
@@ -170,9 +171,11 @@ def mark_tokens(
     for layer in sorted({layer for _, layer, _ in wanted}):
         own = [one for one in wanted if one[1] == layer]
         texts = cut_texts(found.model, [data.texts[row] for row, _, _ in own], found.reading.max_tokens)
-        readout = read_features(found.model, [found.sae_of(layer)], texts)[layer]
+        kept = {"drop_first": found.reading.drop_first, "max_norm_multiple": found.reading.max_norm_multiple}
+        readout = read_features(found.model, [found.sae_of(layer)], texts, **kept)[layer]
         for place, one in enumerate(own):
-            marked[one] = token_texts(found.model, readout.token_ids[place]), readout.activation(place, one[2])
+            activation = np.where(readout.counted[place], readout.activation(place, one[2]), 0)
+            marked[one] = token_texts(found.model, readout.token_ids[place]), activation
     return [marked[one] for one in wanted]
 
 
@@ -187,12 +190,18 @@ def _stored(config: LabelledOptions, data: "LabelledData", store: "FeatureStore"
         kept.get("drop_first", True), kept.get("max_norm_multiple", 10.0), kept.get("max_length", config.max_tokens), config.batch_size
     )
 
+    source = store.sae if config.sae == TINY else config.sae
+
     def sae_of(layer: int) -> "LayerSAE":
         from qscope_jax.sae.layer_sae import load_sae
 
-        return load_sae(store.sae if config.sae == TINY else config.sae, layer)
+        sae = load_sae(source, layer)
+        if (sae.num_features, sae.d_model) != (store.num_features[layer], store.d_model):
+            found, expected = f"{sae.num_features} features and width {sae.d_model}", f"{store.num_features[layer]} and {store.d_model}"
+            raise InputError(f"{source}: has {found} at layer {layer}; {store.folder} was read with {expected}, from {store.sae}")
+        return sae
 
-    return Activations(tables, streams, reading, store.model, store.sae, None, sae_of)
+    return Activations(tables, streams, reading, store.model, source, None, sae_of)
 
 
 def _table_columns(config: LabelledOptions) -> "dict[str, list[str] | None]":

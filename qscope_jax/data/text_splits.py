@@ -71,8 +71,7 @@ def distinct_texts(texts: Sequence[str], labels: Sequence[Hashable]) -> Distinct
     Raises:
         InputError: texts and labels differ in number.
     """
-    if len(texts) != len(labels):
-        raise InputError(f"{len(texts)} texts came with {len(labels)} labels; give one label for each text")
+    _check_lengths(texts, labels)
     rows_of: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
         rows_of.setdefault(text.strip(), []).append(index)
@@ -140,6 +139,7 @@ def split_as_given(texts: Sequence[str], labels: Sequence[str], halves: Sequence
         InputError: texts, labels, halves and groups differ in number, a half has no text, there is one class only, or a class of a group has
             no text in a half.
     """
+    _check_lengths(texts, labels)
     if len(halves) != len(texts):
         raise InputError(f"{len(texts)} texts came with {len(halves)} names of halves; give one for each text")
     names = _groups(texts, groups)
@@ -164,6 +164,11 @@ def split_as_given(texts: Sequence[str], labels: Sequence[str], halves: Sequence
     for name, part in parts.items():
         _check_classes([labels[i] for i in part], [names[i] for i in part], 1, split.removed() or "none removed", f"texts for {name}")
     return split
+
+
+def _check_lengths(texts: Sequence[str], labels: Sequence[Hashable]) -> None:
+    if len(texts) != len(labels):
+        raise InputError(f"{len(texts)} texts came with {len(labels)} labels; give one label for each text")
 
 
 def _once(texts: Sequence[str], labels: Sequence[str], rows: Sequence[int]) -> list[int]:

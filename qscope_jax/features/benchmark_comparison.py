@@ -67,6 +67,8 @@ class ComparisonConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected {least} or more")
         if self.equal_samples is not None and self.equal_samples < 2:
             raise ConfigError(f"equal_samples is {self.equal_samples}, expected 2 or more")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"confidence is {self.confidence}, expected a number between 0 and 1")
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,8 @@ FEWEST_MODELS = 5
 MOST_ENUMERATED = 12
 """Samples up to which all subsets are gone through."""
 
+_LEAST_REST = 1e-12  # share of a variance that a control must leave
+
 
 @dataclass(frozen=True, eq=False)
 class PerformanceRedundancy:
@@ -96,9 +98,11 @@ def performance_redundancy(
 
 def partial_correlation(r_ij: float, r_im: float, r_jm: float) -> float:
     """Correlation of i and j given m (Eq. 12), which is that of the residuals of both after regression on m; NaN where m determines one."""
-    scale = math.sqrt(max(1 - r_im**2, 0.0)) * math.sqrt(max(1 - r_jm**2, 0.0))
-    # Below this, rounding decides what is left.
-    return (r_ij - r_im * r_jm) / scale if scale > 1e-9 else math.nan
+    rest_i, rest_j = 1 - r_im**2, 1 - r_jm**2
+    # Of a variable that m determines, rounding leaves some 1e-16 of its variance, which says nothing.
+    if min(rest_i, rest_j) < _LEAST_REST:
+        return math.nan
+    return (r_ij - r_im * r_jm) / (math.sqrt(rest_i) * math.sqrt(rest_j))
 
 
 def score_similarity(scores: ScoreTable, benchmarks: Sequence[str], *, control: str | None = None, least_models: int = FEWEST_MODELS) -> Similarity:

@@ -147,12 +147,10 @@ def firing_differences(
         InputError: all texts are of one class.
         ShapeError: the table is of another number of texts.
     """
-    shares = []
-    for chosen_B in _classes(features, positive_B, rows):
-        stored = np.repeat(chosen_B, np.diff(features.maxima.indptr))
-        # Counts are whole numbers, so that equal features tie exactly.
-        shares.append(np.bincount(features.maxima.indices[stored], minlength=features.num_features) / chosen_B.sum())
-    return shares[0] - shares[1]
+    classes = _classes(features, positive_B, rows)
+    lengths = np.diff(features.maxima.indptr)
+    hits, alarms = (np.bincount(features.maxima.indices[np.repeat(of_class_B, lengths)], minlength=features.num_features) for of_class_B in classes)
+    return _difference(hits, alarms, int(classes[0].sum()), int(classes[1].sum()))
 
 
 def threshold_differences(
@@ -178,7 +176,7 @@ def threshold_differences(
     sums = [np.concatenate([[0], np.cumsum(of_class)]) for of_class in (positive, ~positive)]
     before = np.repeat(starts, np.diff(starts, append=len(columns)))
     hits, alarms = (total[1:] - total[before] for total in sums)
-    deltas = hits / inside_B.sum() - alarms / outside_B.sum()
+    deltas = _difference(hits, alarms, int(inside_B.sum()), int(outside_B.sum()))
     # A threshold cannot part equal activations.
     parted = np.append((np.diff(columns) != 0) | (np.diff(values) != 0), True)
     found_F[columns[starts]] = np.maximum.reduceat(np.where(parted, deltas, -np.inf), starts)
@@ -301,6 +299,11 @@ def _classes(features: TextFeatures, positive_B: np.ndarray, rows: np.ndarray | 
     if not inside_B.any() or not outside_B.any():
         raise InputError(f"{looked_at_B.sum()} texts are all of one class; firing rates are compared between two")
     return inside_B, outside_B
+
+
+def _difference(hits: np.ndarray, alarms: np.ndarray, positives: int, negatives: int) -> np.ndarray:
+    """Share of positive texts less share of negative ones; one division of whole numbers, so that what is equal ties exactly."""
+    return (hits * negatives - alarms * positives) / (positives * negatives)
 
 
 def _rescaled(term: Term, threshold: float, activation_B: np.ndarray) -> Term:

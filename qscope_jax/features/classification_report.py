@@ -191,32 +191,40 @@ def data_efficiency(
     Raises:
         InputError: shares do not ascend to 1, or all texts of a half are of one class.
     """
-    if list(shares) != sorted(shares) or not shares or shares[-1] != 1 or shares[0] <= 0 or seeds < 1:
-        raise InputError(f"shares {list(shares)} and {seeds} seeds; expected shares that ascend from above 0 to 1, and 1 seed or more")
+    check_draws(shares, seeds)
     chosen, best = (np.zeros((len(shares), seeds, len(halves))) for _ in range(2))
     budgets = np.zeros((len(shares), len(halves)))
     for j, half in enumerate(halves.values()):
-        # Tables of this language alone, so that a draw costs no more than its texts.
-        used = np.concatenate([half.discovery, half.evaluation])
-        own = {layer: table.select(used) for layer, table in tables.items()}
-        positive_B, evaluation = half.positive_B[used], np.arange(len(half.discovery), len(used))
+        discovery, evaluation = ({layer: table.select(rows) for layer, table in tables.items()} for rows in (half.discovery, half.evaluation))
+        positive_B, truth_B = half.positive_B[half.discovery], half.positive_B[half.evaluation]
         for seed in range(seeds):
             rng = np.random.default_rng(seed)
-            orders = [rng.permutation(np.flatnonzero(positive_B[: len(half.discovery)] == of_class)) for of_class in (True, False)]
+            orders = [rng.permutation(np.flatnonzero(positive_B == of_class)) for of_class in (True, False)]
             for p, share in enumerate(shares):
                 rows = np.concatenate([order[: max(round(share * len(order)), 1)] for order in orders])
                 budgets[p, j] = len(rows) / 2
-                drawn = LabelledHalves(positive_B, rows, evaluation)
-                chosen[p, seed, j] = _evaluation_f1(own, drawn, config)
-                best[p, seed, j] = max(_evaluation_f1({layer: table}, drawn, config) for layer, table in own.items())
+                # Tables of the texts drawn alone, so that a fit costs no more than they do.
+                drawn = {layer: table.select(rows) for layer, table in discovery.items()}
+                by_layer = [_f1({layer: drawn[layer]}, positive_B[rows], evaluation, truth_B, config) for layer in drawn]
+                chosen[p, seed, j] = _f1(drawn, positive_B[rows], evaluation, truth_B, config)
+                best[p, seed, j] = max(by_layer)
     return Efficiency(tuple(budgets.mean(axis=1).tolist()), chosen.mean(axis=2), best.mean(axis=2))
 
 
-def _evaluation_f1(tables: Tables, halves: LabelledHalves, config: RuleConfig | None) -> float:
-    """F1 of a rule on the evaluation half; 0 where there is none."""
+def check_draws(shares: Sequence[float], seeds: int) -> None:
+    """Check what `data_efficiency` draws.
+
+    Raises:
+        InputError: shares do not ascend to 1, or there are no seeds.
+    """
+    if list(shares) != sorted(shares) or not shares or shares[-1] != 1 or shares[0] <= 0 or seeds < 1:
+        raise InputError(f"shares {list(shares)} and {seeds} seeds; expected shares that ascend from above 0 to 1, and 1 seed or more")
+
+
+def _f1(discovery: Tables, positive_B: np.ndarray, evaluation: Tables, truth_B: np.ndarray, config: RuleConfig | None) -> float:
+    """F1 on evaluation texts of a rule fitted to all those of the discovery tables; 0 where there is none."""
     try:
-        rule = fit_rule(tables, halves.positive_B, config, rows=halves.discovery)
+        rule = fit_rule(discovery, positive_B, config)
     except NoFeatureError:
         return 0.0
-    called_B = rule.predict(rule.activations(tables)[halves.evaluation])
-    return f1_of(called_B, halves.positive_B[halves.evaluation])
+    return f1_of(rule.predict(rule.activations(evaluation)), truth_B)

@@ -1,5 +1,6 @@
 """Everything that `qscope classify report` says: of each language its rules and baselines, and what languages have in common."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from qscope_jax.features.classification_report import (
     Efficiency,
     Sweep,
     Transfer,
+    check_draws,
     data_efficiency,
     jaccard,
     multi_layer,
@@ -50,6 +52,10 @@ class StudyConfig:
     seed: int = 0
     """Of samples and folds."""
 
+    def __post_init__(self):
+        """Check what would otherwise be found out last."""
+        check_draws(self.shares, self.seeds)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -75,7 +81,7 @@ class LanguageStudy:
     Attributes:
         sweep: Single-layer rules.
         rule: The rule of the study's config; None where no feature fires more often on the class.
-        methods: That rule first, then variants of it and baselines.
+        methods: That rule first, if there is one, then variants of it and baselines.
     """
 
     sweep: Sweep
@@ -170,16 +176,16 @@ def _language(tables: Tables, data: LabelledData, halves: LabelledHalves, stream
         "OR rule, thresholds for balanced accuracy": replace(config.rule, thresholds="balanced"),
     }
     settings = {"samples": config.samples, "seed": config.seed}
-    try:
-        for name, variant in variants.items():
-            if name == "OR rule" or variant != config.rule:
+    # A threshold can find a feature where firing alone does not, so each of them is tried.
+    for name, variant in variants.items():
+        if name == "OR rule" or variant != config.rule:
+            with contextlib.suppress(NoFeatureError):
                 found = fit_rule(tables, halves.positive_B, variant, rows=halves.discovery)
-                rule = rule or found
+                rule = found if name == "OR rule" else rule
                 methods.append(Method(name, found.layers, len(found.terms), score_rule(found, tables, halves, **settings)))
+    with contextlib.suppress(NoFeatureError):
         for count, scores in multi_layer(tables, halves, **settings).items():
             methods.append(Method(f"best feature of {count} layer{'s' if count > 1 else ''}", (), count, scores))
-    except NoFeatureError:
-        pass  # What remains to be told are the baselines.
     if config.baselines:
         truth = halves.positive_B[halves.evaluation]
         layer = swept.by_difference

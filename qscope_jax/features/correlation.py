@@ -71,6 +71,7 @@ def correlate(
     """
     there = np.isfinite(x) & np.isfinite(y)
     x, y = x[there], y[there]
+    _check_points(len(x), confidence)
     return _correlations(x, y, _draws(len(x), resamples, seed), confidence)
 
 
@@ -104,21 +105,25 @@ def correlate_pairs(
     a, b = x[upper], y[upper]
     there = np.isfinite(a) & np.isfinite(b)
     first, second = upper[0][there], upper[1][there]
+    _check_points(len(first), confidence)
     drawn = _draws(len(x), resamples, seed)
     # Items drawn twice and thrice give a pair six times; an item and its own copy are no pair.
     return _correlations(a[there], b[there], drawn[:, first] * drawn[:, second], confidence)
 
 
+def _check_points(count: int, confidence: float) -> None:
+    if count < FEWEST_POINTS:
+        raise InputError(f"{count} points to correlate; expected {FEWEST_POINTS} or more, fewer are always on a line")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence is {confidence}; expected a number between 0 and 1, such as 0.95")
+
+
 def _draws(count: int, resamples: int, seed: int) -> np.ndarray:
     """How often each of `count` things is in each bootstrap resample, [resamples, count]."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / max(count, 1)), size=resamples).astype(np.float64)
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
 
 
 def _correlations(x: np.ndarray, y: np.ndarray, weights_RN: np.ndarray, confidence: float) -> dict[Kind, Correlation]:
-    if len(x) < FEWEST_POINTS:
-        raise InputError(f"{len(x)} points to correlate; expected {FEWEST_POINTS} or more, fewer are always on a line")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence is {confidence}; expected a number between 0 and 1, such as 0.95")
     drawn = resampled(x, y, weights_RN)
     return {kind: _interval(statistic(x, y), drawn[kind], len(x), confidence) for kind, statistic in _KINDS.items()}
 

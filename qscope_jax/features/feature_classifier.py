@@ -3,7 +3,8 @@
 There are two ways to read a feature:
 
 - `top_k`: as the SAE does. A feature fires where it is among the K largest of its token, so all F pre-activations are computed, and the SAE is
-  needed. This is the rule of the paper, and equals what a feature store or `read_texts` says of the same texts.
+  needed. This is the rule of the paper, and equals what `read_texts` says of the same texts; so does a feature store, but that its norm filter
+  goes by the median of a batch and not of a text.
 - `pre_activation`: the chosen rows of the encoder alone, which the classifier carries. A feature is as active as its pre-activation is above 0,
   whether or not others are larger; it is therefore active more often, and thresholds are tuned to that. No SAE is needed, and a pass takes
   hardly longer than without.
@@ -241,9 +242,8 @@ class FeatureClassifier:
         Raises:
             SourceError: something else is there, or it cannot be written.
         """
+        check_classifier_folder(path)
         target = Path(path).expanduser()
-        if target.exists() and not (target / CONFIG_FILE).is_file() and not (target.is_dir() and not any(target.iterdir())):
-            raise SourceError(f"{path}: exists and is no classifier; choose a new folder")
         facts = {
             "format": FORMAT, "format_version": VERSION, "reading": self.reading, "positive": self.positive, "negative": self.negative,
             "model": self.model, "sae": self.sae, "texts": asdict(self.texts), "terms": [asdict(term) for term in self.rule.terms],
@@ -262,6 +262,17 @@ class FeatureClassifier:
                 return
         source = sae.metadata.get("source", "this SAE")
         raise ShapeError(f"{source}: is another SAE of layer {sae.layer} than that of the fit, which is from {self.sae}; give that one")
+
+
+def check_classifier_folder(path: str | Path) -> None:
+    """Check that a classifier may be written there.
+
+    Raises:
+        SourceError: something else is there.
+    """
+    target = Path(path).expanduser()
+    if target.exists() and not (target / CONFIG_FILE).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise SourceError(f"{path}: exists and is no classifier; choose a new folder")
 
 
 def load_classifier(path: str | Path) -> FeatureClassifier:

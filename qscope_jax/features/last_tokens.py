@@ -35,7 +35,7 @@ def read_last_tokens(
         saes: SAEs of distinct layers.
         texts: Texts.
         batch_size: Texts in a forward pass.
-        max_tokens: Of a longer text only so many tokens are read, those at its end.
+        max_tokens: Of a longer text only so many tokens are read, those at its end; never more than the model has positions.
         progress: Called after each batch with the texts read so far.
 
     Returns:
@@ -51,7 +51,8 @@ def read_last_tokens(
     for sae in saes:
         sae.check_width(model.config.d_model, model.name)
         model.check_layer(sae.layer)
-    ids = [row[-max_tokens:] for row in model.tokenize(texts)]
+    longest = min(max_tokens, model.config.max_positions)
+    ids = [row[-longest:] for row in model.tokenize(texts)]
     order = sorted(range(len(ids)), key=lambda text: len(ids[text]))
     parts: dict[int, list[csr_array]] = {layer: [] for layer in layers}
     for start in range(0, len(order), batch_size):

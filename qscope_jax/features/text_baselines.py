@@ -63,17 +63,16 @@ def mean_difference(
     Raises:
         InputError: all discovery texts are of one class.
     """
-    x, truth = np.asarray(streams_BD, np.float64), positive_B
+    x, truth = np.asarray(streams_BD[discovery], np.float64), positive_B[discovery]
 
     def fit(rows: np.ndarray) -> tuple[np.ndarray, float]:
         direction = x[rows[truth[rows]]].mean(axis=0) - x[rows[~truth[rows]]].mean(axis=0)
         return direction, best_threshold(x[rows] @ direction, truth[rows], criterion)
 
-    folds = _folds(truth[discovery], seed)
-    held_out = [f1_of((x[discovery[test]] @ direction).astype(np.float32) > threshold, truth[discovery[test]])
-                for train, test in folds for direction, threshold in [fit(discovery[train])]]  # fmt: skip
-    direction, threshold = fit(discovery)
-    score = (x[evaluation] @ direction).astype(np.float32)
+    held_out = [f1_of((x[test] @ direction).astype(np.float32) > threshold, truth[test])
+                for train, test in _folds(truth, seed) for direction, threshold in [fit(train)]]  # fmt: skip
+    direction, threshold = fit(np.arange(len(x)))
+    score = (np.asarray(streams_BD[evaluation], np.float64) @ direction).astype(np.float32)
     return Baseline("difference of means", layer, float(np.mean(held_out or [0.0])), score > np.float32(threshold), score, {"threshold": threshold})
 
 
@@ -95,9 +94,9 @@ def stream_regression(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x = np.asarray(streams_BD, np.float64)
+    learnt, scored = (np.asarray(streams_BD[half], np.float64) for half in (discovery, evaluation))
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return _searched("logistic regression", layer, pipeline, STRENGTHS, x[discovery], x[evaluation], positive_B[discovery], seed)
+    return _searched("logistic regression", layer, pipeline, STRENGTHS, learnt, scored, positive_B[discovery], seed)
 
 
 def bag_of_words(
@@ -108,7 +107,7 @@ def bag_of_words(
     *,
     seed: int = 0,
 ) -> Baseline:
-    """Logistic regression on words and on runs of one to four characters, which stand for words where a script has no blanks between them.
+    """Logistic regression on words and signs, and on runs of one to four characters, which stand for words where no blanks part them.
 
     Raises:
         InputError: all discovery texts are of one class.
@@ -117,7 +116,8 @@ def bag_of_words(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union
 
-    words = TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True)
+    # Signs count as words, so that texts without a letter have some too.
+    words = TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", sublinear_tf=True)
     characters = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), sublinear_tf=True, max_features=200_000)
     pipeline = make_pipeline(make_union(words, characters), LogisticRegression(max_iter=1000))
     learnt, scored = ([texts[i] for i in half] for half in (discovery.tolist(), evaluation.tolist()))

@@ -87,7 +87,7 @@ def _add_language(page: Page, name: str, found: LanguageStudy, examples: Sequenc
     ]
     page.table(("how", "layers", "features", *_SCORES.values()), rows, highlight=[0] if found.rule else None)
     if found.rule is None:
-        page.text("No feature of any layer fires more often on texts of the class, so there is no rule.")
+        page.text("No feature of any layer fires more often on texts of the class, so there is no rule of the kind asked for.")
     else:
         terms = [(str(term.layer), str(term.feature), term.difference, term.threshold) for term in found.rule.terms]
         page.table(("layer", "feature", "difference of firing rates", "threshold"), terms, caption="The OR rule")

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -99,6 +100,32 @@ def test_a_store_says_the_same_as_the_model(qscope, pair, data, tmp_path):
     assert answer.status == 0 and qscope("classify", "predict", tmp_path / "c", "My tea").status == 0
 
 
+def test_a_store_is_fitted_with_the_saes_given(qscope, refused, pair, saes, wide_saes, data, tmp_path):
+    written = ("--shard-tokens", 10_000, "--batch-size", 8, "--max-length", 64, "--no-progress")
+    assert qscope("store", *pair, "--data", data, "--out", tmp_path / "store", *written).status == 0
+    shutil.copytree(saes, tmp_path / "moved")
+    assert qscope("classify", "fit", "--store", tmp_path / "store", *RULE, "--sae", tmp_path / "moved", "--out", tmp_path / "c").status == 0
+    assert json.loads((tmp_path / "c" / "classifier.json").read_text())["sae"] == str(tmp_path / "moved")
+    said = refused("classify", "fit", "--store", tmp_path / "store", *RULE, "--sae", wide_saes, "--out", tmp_path / "d")
+    assert f"{tmp_path / 'store'} was read with" in said
+
+
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_marked_tokens_are_those_that_count(pair, data, keep_first):
+    from qscope_jax.cli.classify import ReportConfig
+    from qscope_jax.cli.labelled import mark_tokens, read_activations, read_labelled
+
+    config = ReportConfig(data=str(data), model=pair[1], sae=pair[3], layers=(1,), keep_first=keep_first, batch_size=8)
+    labelled, _ = read_labelled(config)
+    found = read_activations(config, labelled, None)
+    maxima = found.tables[1].maxima[:12].toarray()
+    wanted = [(row, 1, int(feature)) for row in range(len(maxima)) for feature in np.flatnonzero(maxima[row])[:6]]
+    marked = mark_tokens(found, labelled, None, wanted)
+    largest = [activation.max() for _, activation in marked]
+    np.testing.assert_allclose(largest, [maxima[row, feature] for row, _, feature in wanted], rtol=1e-4)
+    assert any(activation[0] > 0 for _, activation in marked) == keep_first
+
+
 def test_each_split_of_a_hub_dataset_names_a_language(qscope, pair, data, tmp_path, monkeypatch):
     from qscope_jax.data import tables
 
@@ -129,6 +156,7 @@ def test_each_split_of_a_hub_dataset_names_a_language(qscope, pair, data, tmp_pa
         (["fit", "DATA", "--out", "c", "--share", "1"], "share is 1"),
         (["fit", "DATA", "--out", "c", "--layers", "9"], "layer 9 is out of range"),
         (["report", "DATA", "--ks", "0"], "ks is (0,)"),
+        (["report", "DATA", "--shares", "0.5,0.9"], "expected shares that ascend"),
         (["report", "--store", "none"], "none: holds no feature store"),
         (["predict", "nowhere", "tea"], "nowhere: holds no classifier"),
         (["predict"], "CLASSIFIER is missing"),
@@ -140,6 +168,11 @@ def test_bad_requests_are_refused(refused, pair, data, tmp_path, monkeypatch, ar
     arguments = [str(data) if one == "DATA" else one for one in arguments]
     assert said in refused("classify", *arguments, *(pair if arguments[0] in ("fit", "report") else []))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_something_else_is_refused_before_anything_is_read(refused, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert "exists and is no classifier" in refused("classify", "fit", "no-such-data.jsonl", "--out", tmp_path)
 
 
 def test_a_classifier_of_another_model_or_unknown_classes_is_refused(classifier, refused, data, tmp_path):

@@ -47,6 +47,8 @@ def test_texts_that_cannot_be_split_are_refused_in_words():
     texts, labels = [f"text {i}" for i in range(20)], ["a", "b"] * 10
     with pytest.raises(InputError, match="20 texts came with 19 labels"):
         split_at_random(texts, labels[1:])
+    with pytest.raises(InputError, match="20 texts came with 19 labels"):
+        split_as_given(texts, labels[1:], ["train", "test"] * 10)
     with pytest.raises(InputError, match="have class 'a' only; two classes"):
         split_at_random(texts, ["a"] * 20)
     with pytest.raises(InputError, match="class 'b' of 'fr' has 0 texts .*expected 5 or more"):

@@ -103,3 +103,5 @@ def test_too_little_is_refused_with_the_least_and_why(codes, scores):
         compare_benchmarks(codes | {"more": codes["odd"]}, 0, scores=scores)
     with pytest.raises(ConfigError, match="least_models is 3, expected 4 or more"):
         ComparisonConfig(least_models=3)
+    with pytest.raises(ConfigError, match="confidence is 1.0, expected a number between 0 and 1"):
+        ComparisonConfig(confidence=1.0)

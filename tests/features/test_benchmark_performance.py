@@ -101,8 +101,11 @@ def test_missing_scores_leave_out_models_pair_by_pair():
 
 
 def test_the_control_has_no_correlation_given_itself():
-    found = score_similarity(table(np.random.default_rng(4).random((8, 3))), "abc", control="c")
-    assert np.isnan(found.values[2]).all() and np.isfinite(found.values[:2, :2]).all()
+    # Of many panels some have columns whose correlation with themselves rounds to less than 1.
+    for seed in range(40):
+        values = np.random.default_rng(seed).random((8, 3))
+        found = score_similarity(table(np.c_[values, 100 * values[:, 2] + 7]), "abcd", control="c")
+        assert np.isnan(found.values[2:]).all() and np.isfinite(found.values[:2, :2]).all()
 
 
 def test_bad_requests_are_refused():

@@ -45,6 +45,19 @@ def test_a_difference_is_the_share_of_positive_texts_less_that_of_negative_ones(
     assert firing_differences(table(activations), positive, np.array([0, 3, 4, 5])).tolist() == [0.5, 0.0]
 
 
+def test_equal_differences_tie_exactly_and_the_lower_feature_is_taken():
+    # 3/10 - 1/10 rounds to less than 2/10 - 0/10.
+    positive = np.arange(20) < 10
+    activations = np.zeros((20, 2))
+    activations[[0, 1, 2, 10], 0], activations[:2, 1] = 1, 1
+    for differences in (firing_differences, threshold_differences):
+        assert len(set(differences(table(activations), positive).tolist())) == 1
+    tables = {layer: table(activations[:, [layer]], layer) for layer in range(2)}
+    for thresholds in ("zero", "f1"):
+        assert fit_rule({0: table(activations)}, positive, RuleConfig(k=1, thresholds=thresholds)).terms[0].feature == 0
+        assert fit_rule(tables, positive, RuleConfig(k=1, thresholds=thresholds)).layers == (0,)
+
+
 def test_a_feature_fires_on_a_text_where_it_does_at_a_token_that_counts(readout_of):
     # The first token does not count: feature 1 fires there alone.
     readout = readout_of([[0, 9, 0], [1, 0, 0]], [[0, 9, 0], [0, 0, 2]])

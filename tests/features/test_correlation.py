@@ -83,6 +83,8 @@ def test_resampling_items_allows_for_pairs_that_share_one():
 def test_bad_requests_are_refused():
     with pytest.raises(InputError, match="2 points to correlate; expected 3 or more"):
         correlate(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+    with pytest.raises(InputError, match="0 points to correlate"):
+        correlate(np.full(4, math.nan), np.arange(4.0))
     with pytest.raises(InputError, match="confidence is 1.0"):
         correlate(np.arange(4.0), np.arange(4.0), confidence=1.0)
     with pytest.raises(InputError, match="1 points to correlate"):

@@ -24,6 +24,12 @@ def test_of_a_long_text_the_end_is_read(character_model, saes):
     np.testing.assert_allclose(cut.toarray(), alone.toarray(), rtol=1e-4)
 
 
+def test_no_more_is_read_than_the_model_has_positions(character_model, saes):
+    text = "ab" * character_model.config.max_positions
+    whole, cut = (read_last_tokens(character_model, saes[:1], [one], max_tokens=10**6)[0] for one in (text, text[len(text) // 2 :]))
+    np.testing.assert_allclose(whole.toarray(), cut.toarray(), rtol=1e-4)
+
+
 def test_bad_requests_are_refused(character_model, saes):
     with pytest.raises(InputError, match=r"SAEs of layers \[1, 1\]: give one or more, of each layer one"):
         read_last_tokens(character_model, [saes[1], saes[1]], TEXTS)

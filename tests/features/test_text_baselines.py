@@ -34,6 +34,11 @@ def test_words_part_classes_also_where_no_blank_parts_words():
     assert found.layer is None and (found.called_B == POSITIVE[60:]).all()
 
 
+def test_texts_without_a_letter_have_words_too():
+    texts = [("🙁" if positive else "🙂") + "!" * (i % 3) for i, positive in enumerate(POSITIVE)]
+    assert (bag_of_words(texts, POSITIVE, DISCOVERY, EVALUATION).called_B == POSITIVE[60:]).all()
+
+
 def test_baselines_never_see_evaluation_labels(streams):
     texts = [f"w{i % 7} {'ab'[i % 3 > 0]}" for i in range(80)]
     shuffled = np.concatenate([POSITIVE[:60], ~POSITIVE[60:]])

@@ -45,6 +45,15 @@ def test_a_class_without_a_feature_leaves_baselines(labelled):
     assert silent.rule is None and [one.name for one in silent.methods] == ["difference of means", "logistic regression", "bag of words"]
 
 
+def test_where_no_feature_fires_more_often_thresholds_may_still_find_one(labelled):
+    data, _, _ = labelled
+    strength = table(np.where(data.positive_B, 5.0, 1.0)[:, None] * np.eye(3)[1])
+    found = study({0: strength}, data, None, StudyConfig(ks=(1,), rule=RuleConfig(k=1), seeds=1, samples=0, baselines=False)).languages["en"]
+    assert found.rule is None
+    tuned = {one.name: one.scores.f1.value for one in found.methods}
+    assert tuned == {"OR rule, thresholds for F1": 1, "OR rule, thresholds for balanced accuracy": 1}
+
+
 def test_examples_are_evaluation_texts_of_each_kind(labelled, found):
     data, tables, _ = labelled
     halves = data.by_language["en"]
@@ -61,4 +70,4 @@ def test_the_page_shows_what_was_found(found, labelled, tmp_path):
         assert said in document, said
     alone = study({5: labelled[1][5]}, label_data(list(labelled[0].texts), ["ab"[i] for i in labelled[0].positive_B.astype(int)]), None, CONFIG)
     document = write_classification_page(tmp_path / "q.html", alone).read_text(encoding="utf-8")
-    assert "there is no rule" in document and "Between languages" not in document and ">Scores<" in document
+    assert "there is no rule of the kind" in document and "Between languages" not in document and ">Scores<" in document
