@@ -242,7 +242,9 @@ def _assistant(config: RunConfig, sources: CoverageSources, folder: Path) -> "Ge
     if config.writer == MODEL or config.styles or config.respond:
         from qscope_jax.features.local_generator import LocalGenerator
 
-        return LocalGenerator(sources.model, chat=True, batch_size=config.batch_size, top_p=0.95)
+        # Texts have few tokens; thoughts would take them all. Templates that know of none ignore the setting.
+        settings = {"enable_thinking": False}
+        return LocalGenerator(sources.model, chat=True, chat_settings=settings, batch_size=config.batch_size, top_p=0.95)
     return None
 
 

@@ -293,7 +293,7 @@ class _Maker:
         replies = self._ask(self.assistant, [rewrite_conversation(made[id(request)][0].text, style) for request in chosen])
         self._note([(f"{_identity(request)} {style}", reply) for request, reply in zip(chosen, replies, strict=True)], self.assistant.name)
         lost |= {id(request) for request, reply in zip(chosen, replies, strict=True) if reply.error}
-        written = [(request, reply.text.strip()) for request, reply in zip(chosen, replies, strict=True) if not reply.error]
+        written = [(request, reply.spoken) for request, reply in zip(chosen, replies, strict=True) if not reply.error]
         same = None
         if self.config.same_meaning:
             assert self.judge is not None
@@ -316,7 +316,7 @@ class _Maker:
         replies = self._ask(self.assistant, [response_conversation(candidate.text, harmful=candidate.harmful) for candidate in asked])
         self._note([(f"{_identity(request)} response", reply) for (request, _), reply in zip(places, replies, strict=True)], self.assistant.name)
         for (request, i), candidate, reply in zip(places, asked, replies, strict=True):
-            made[id(request)][i] = replace(candidate, response=reply.text.strip())
+            made[id(request)][i] = replace(candidate, response=reply.spoken)
             lost |= {id(request)} if reply.error else set()
 
     def _ask(self, generator: Generator, conversations: Sequence[Any]) -> list[Reply]:

@@ -96,7 +96,7 @@ class InstructedWriter:
         """
         conversations = [self._conversation(request) for request in requests]
         replies = self.generator(conversations, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed) if conversations else []
-        return [reply if reply.error else Reply(_unquoted(reply.text)) for reply in replies]
+        return [reply if reply.error else Reply(_unquoted(reply.spoken)) for reply in replies]
 
     def untargeted(self) -> "InstructedWriter":
         """The same generator, asked for messages about anything."""

@@ -45,8 +45,14 @@ def test_settings_reach_the_generator_and_failures_come_back():
     assert InstructedWriter(echo, {})([]) == []
 
 
-@pytest.mark.parametrize(("said", "text"), [('"a b"', "a b"), ("“a”", "a"), ('"a" or "b"', '"a" or "b"'), (" a ", "a"), ('"', '"')])
-def test_quotation_marks_around_the_whole_are_taken_off(said, text):
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ('"a b"', "a b"), ("“a”", "a"), ('"a" or "b"', '"a" or "b"'), (" a ", "a"), ('"', '"'),
+        ("<think>rude?</think> a", "a"), ("rude?\n</think>\n\na", "a"), ("<think>rude, then", ""),
+    ],
+)  # fmt: skip
+def test_quotation_marks_and_thoughts_are_taken_off(said, text):
     class Says:
         name = "says"
 
