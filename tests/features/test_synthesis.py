@@ -120,6 +120,16 @@ def test_rewrites_are_checked_and_filtered_and_kept_texts_are_answered(read):
     ]
 
 
+def test_thoughts_are_neither_checked_nor_kept(read):
+    class Thinks(Assistant):
+        def _answer(self, rule: str, text: str) -> Reply:
+            return Reply(f"<think>1 2 5</think>\n{super()._answer(rule, text).text}")
+
+    config = SynthesisConfig(styles=("fiction",), respond=True, attempts=1)
+    found = synthesize(TARGETS[:1], Planned({("0/1", 0): "x 1"}), read, config, assistant=Thinks())
+    assert [(c.text, c.fires, c.response) for c in found.kept] == [("x 1", ("0/1",), "helped"), ("x 1 again", ("0/1",), "helped")]
+
+
 def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(read, tmp_path):
     plan = {("0/1", 2): "x 1", ("0/2", 0): "x 2", ("0/5", 1): "x 5 1"}
     config = SynthesisConfig(attempts=4, at_once=1, styles=("fiction",))
@@ -207,6 +217,24 @@ def test_a_random_text_that_failed_is_made_up_for(read):
 
     found = random_synthesis(TARGETS, Fails({}), read, 7, at_once=3)
     assert len(found.texts) == 7 and found.failures == ("0/1 untargeted 0: HTTP 500", "0/5 untargeted 1: HTTP 503")
+
+
+def test_a_random_baseline_in_which_everything_fails_stops_at_once(read):
+    control = Planned({}, "!HTTP 401")
+    control.untargeted = lambda: control
+    with pytest.raises(SourceError, match="all 3 requests for the random baseline failed, the last with 0/5 untargeted 0: HTTP 401"):
+        random_synthesis(TARGETS, control, read, 900, at_once=3)
+    assert len(control.asked) == 3
+
+
+def test_random_texts_are_read_a_step_at_a_time(read):
+    class Varied(Planned):
+        def untargeted(self):
+            return Planned({("0/1", 0): "x 1", ("0/2", 1): "x 2 5"}, "y")
+
+    sizes = []
+    found = random_synthesis(TARGETS, Varied({}), lambda texts: sizes.append(len(texts)) or read(texts), 7, at_once=3)
+    assert sizes == [3, 3, 1] and found.hits.toarray().tolist() == [[i == 0, i == 4, i == 4] for i in range(7)]
 
 
 def test_progress_tells_targets_that_have_their_texts(read):
