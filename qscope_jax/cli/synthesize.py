@@ -217,7 +217,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _check_settings(folder: Path, config: RunConfig) -> None:
-    """Let a folder be gone on with by the same settings only.
+    """Let a folder be gone on with by the same settings only; one in which nothing is finished yet takes any.
 
     Raises:
         ConfigError: it holds a run of other settings.
@@ -226,7 +226,7 @@ def _check_settings(folder: Path, config: RunConfig) -> None:
 
     settings = plain({name: value for name, value in asdict(config).items() if name not in _FREE})
     path = folder / _SETTINGS_FILE
-    if not path.exists():
+    if not path.exists() or not any((folder / name).exists() for name in (_LOG_FILE, _RANDOM_FILE)):
         write_json(path, settings)
         return
     old = read_json(path)

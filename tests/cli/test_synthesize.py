@@ -35,7 +35,13 @@ def test_a_run_keeps_what_fires_and_goes_on_where_it_stopped(qscope, options, tm
 def test_a_folder_is_gone_on_with_by_the_same_settings_only(refused, qscope, options, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text("{}")
+    (tmp_path / "out" / "candidates.jsonl").touch()
     assert "holds a run whose" in refused("synthesize", *options, "--out", tmp_path / "out")
+
+
+def test_a_run_that_was_refused_does_not_bind_the_next(refused, options, tmp_path):
+    assert "doses are [0.0]" in refused("synthesize", *options, "--out", tmp_path / "out", "--doses", 0)
+    assert "no chat template" in refused("synthesize", *options, "--out", tmp_path / "out", "--writer", "model")
 
 
 def test_data_that_covers_everything_needs_nothing(qscope, options, tmp_path):
