@@ -112,6 +112,9 @@ def test_an_endpoint_explains_and_scores_and_only_what_is_missing(qscope, store,
     assert qscope(*options, "--all").err.count("never fires") == 1
     rows = {row["feature"]: row for row in map(json.loads, path.read_text().splitlines())}
     assert set(rows) == {0, 1} and rows[1]["scores"]["detection"] <= 0.6
+    assert qscope("explain", "--store", store, "--layer", 2, "--all", "--explanations", path, "--neuronpedia", tmp_path / "np").status == 0
+    exported = [json.loads(line) for line in (tmp_path / "np" / "explanations.jsonl").read_text().splitlines()]
+    assert [line["explanationModelName"] for line in exported] == [row["by"], rows[1]["by"]]
 
 
 def test_what_fails_is_reported_and_what_is_finished_is_kept(qscope, store, endpoint, tmp_path, monkeypatch):
@@ -152,6 +155,7 @@ def test_what_fails_is_reported_and_what_is_finished_is_kept(qscope, store, endp
         (["--features", 0, "--explanations", "none.jsonl"], "none.jsonl: no such file"),
         (["--features", 0, "--endpoint", "http://h/v1"], "--endpoint-model is missing"),
         (["--features", 0, "--endpoint", "http://h/v1", "--endpoint-model", "m"], "--explanations is missing"),
+        (["--features", 0, "--endpoint", "http://h/v1", "--endpoint-model", "m", "--explanations", "e.csv"], "give a file of .jsonl"),
         (["--features", 0, "--judge-model", "m"], "--endpoint is missing"),
         (["--features", 0, "--out", "/proc/none/o.json"], "cannot be written"),
         (["--all", "--neuronpedia", "/proc/none/np"], "cannot be written"),
