@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not targets:
         print(f"{config.data} covers all of its {len(before.targets)} targets; nothing is to be made.")
         return {"before": before.share, "targets": 0}
+    if config.harmful:  # the writer is told too
+        targets = [replace(target, harmful=True) if target.harmful is None else target for target in targets]
     assistant = _assistant(config, sources, folder)
     writer = _writer(config, sources, targets, assistant)
     found = _synthesize(config, settings, sources, targets, writer, assistant, folder)

@@ -28,6 +28,7 @@ def test_a_writer_is_told_the_explanation_the_contexts_the_kind_and_the_number()
     asked = ask(Target(0, 1, "rude words", harmful=True), **{"0_1": tuple("abcdefg")})
     assert "rude words" in asked and "- e" in asked and "- f" not in asked and "harm" in asked
     assert "have in common" in ask(Target(0, 1), **{"0_1": ("a",)})
+    assert "- " + "a" * 999 + "…" in ask(Target(0, 1), **{"0_1": ("a" * 2000,)})
     assert "something harmless" in ask(Target(0, 1, "knives", harmful=False))
 
 
