@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qscope_jax.features.targets import Target
     from qscope_jax.features.text_features import TextFeatures
     from qscope_jax.models.language_model import LanguageModel
-    from qscope_jax.sae.layer_sae import SAECollection
+    from qscope_jax.sae.layer_sae import LayerSAE, SAECollection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +145,22 @@ class CoverageSources:
         settings: dict[str, Any] = {"drop_first": not self.options.keep_first, "max_norm_multiple": self.options.max_norm_multiple}
         found = {}
         for group in sae_groups(self.saes, self.layers, self.model):
+            for sae in group:
+                self._check_stores(sae)
             found |= feature_reader(self.model, group, **settings)(texts)
         return found
+
+    def _check_stores(self, sae: "LayerSAE") -> None:
+        """Texts that are read anew must not be set against a store of other features."""
+        for name in (self.options.data, self.options.pool):
+            store = _store(name)
+            if store is not None and sae.layer in store.layers:
+                there, here = (store.num_features[sae.layer], store.k[sae.layer]), (sae.num_features, sae.k)
+                if there != here:
+                    raise ConfigError(
+                        f"{name}: layer {sae.layer} was stored with {there[0]} features of which {there[1]} are active; {self.saes.source} has "
+                        f"{here[0]} and {here[1]}; give the --model and --sae of the store ({store.model}, {store.sae})"
+                    )
 
     def _listed(self, unjudged: bool) -> "list[Target]":
         from qscope_jax.features.targets import load_targets

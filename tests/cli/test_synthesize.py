@@ -44,6 +44,20 @@ def test_a_run_that_was_refused_does_not_bind_the_next(refused, options, tmp_pat
     assert "no chat template" in refused("synthesize", *options, "--out", tmp_path / "out", "--writer", "model")
 
 
+def test_a_store_can_be_the_pool_and_one_of_other_saes_is_refused(qscope, refused, model, saes, options, tmp_path):
+    data = ["--data", tmp_path / "pool.jsonl", "--layers", "1", "--max-length", 64]
+    answer = qscope("store", "--model", model, "--sae", saes, *data, "--out", tmp_path / "store")
+    assert answer.status == 0, answer
+    counts = []
+    for limit in ((), ("--pool-limit", 1)):
+        assert qscope("cover", *options[1:-6], "--pool", tmp_path / "store", *limit, "--out", tmp_path / "c.json").status == 0
+        counts.append(len(json.loads((tmp_path / "c.json").read_text())["targets"]))
+    assert 0 < counts[1] < counts[0]
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest | {"k": {"1": 3}}))
+    assert "give the --model and --sae of the store" in refused("cover", *options[1:-6], "--pool", tmp_path / "store")
+
+
 def test_data_that_covers_everything_needs_nothing(qscope, options, tmp_path):
     answer = qscope("synthesize", *options, "--data", tmp_path / "pool.jsonl", "--out", tmp_path / "out")
     assert answer.status == 0 and "covers all of its" in answer.out
