@@ -30,6 +30,8 @@ class Config(EndpointOptions, CoverageOptions):
     """Address of an OpenAI-compatible endpoint that scores the table's explanations which have no score."""
     judge_model: str = ""
     """Name of the judge's model there."""
+    judge_tokens: int = 64
+    """Tokens of the judge's answer; one that thinks aloud needs some thousands."""
     purpose: str = ""
     """What the data is for, which the judge is told; by default making an assistant safe and helpful."""
     scored: str = ""
@@ -42,7 +44,7 @@ class Config(EndpointOptions, CoverageOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Measure the coverage; returns it with every target."""
-    check_at_least(config, 1, "weak")
+    check_at_least(config, 1, "weak", "judge_tokens")
     for path in (config.missing, config.scored, config.page, config.out):
         check_writable(path)
     if config.judge and not config.targets:
@@ -87,7 +89,8 @@ def _judge(config: Config, targets: "Sequence[Target]") -> "Judgement":
     if not 0 <= config.tau <= 1:
         raise ConfigError(f"tau is {config.tau}, expected 0 to 1")
     judge = open_endpoint(config.judge, config.judge_model, config, flag="--judge-model", cache=f"{config.scored}.replies" if config.scored else "")
-    fresh = judge_usefulness([target for target in targets if target.score is None], judge, purpose=config.purpose or PURPOSE)
+    unscored = [target for target in targets if target.score is None]
+    fresh = judge_usefulness(unscored, judge, purpose=config.purpose or PURPOSE, max_tokens=config.judge_tokens)
     scored = {target.key: target for target in fresh.targets}
     found = Judgement(tuple(scored.get(target.key, target) for target in targets), fresh.failures)
     print(f"Judged {len(scored)} explanations by {judge.name}; {len(found.failures)} failed")

@@ -65,6 +65,8 @@ class Config(EndpointOptions):
     """Name of the model that explains, as the endpoint knows it."""
     judge_model: str = ""
     """Name of the model that scores; by default the same."""
+    max_tokens: int = 512
+    """Tokens of an answer; a model that thinks aloud needs some thousands."""
     site: str = ""
     """Folder for a site that browses and searches the features."""
     neuronpedia: str = ""
@@ -116,7 +118,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"--explanations is {config.explanations}; what an endpoint finds is kept in JSON lines, so give a file of .jsonl")
     if not config.endpoint and (config.endpoint_model or config.judge_model):
         raise ConfigError("--endpoint is missing; a model that explains needs the URL of an endpoint")
-    check_at_least(config, 1, "concurrency")
+    check_at_least(config, 1, "concurrency", "max_tokens")
     for path in (config.out, config.page, config.explanations):
         check_writable(path)
     for path in (config.site, config.neuronpedia):
@@ -186,7 +188,7 @@ def _interpret(store: "FeatureStore", labels: "Labels", config: Config) -> "Labe
     wanted = [feature for feature in chosen if feature not in known or known[feature].score is None]
     found = interpret_features(
         store, config.layer, wanted, generator, judge=judge, explanations={feature: label.explanation for feature, label in known.items()},
-        config=InterpretConfig(seed=config.seed),
+        config=InterpretConfig(max_tokens=config.max_tokens, seed=config.seed),
     )  # fmt: skip
     labels, problems, written = dict(labels), {}, time.monotonic()
     try:

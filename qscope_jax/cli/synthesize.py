@@ -46,6 +46,8 @@ class RunConfig(EndpointOptions, CoverageOptions):
     """Address of the endpoint that judges whether a rewrite means the same; by default the writer's."""
     judge_model: str = ""
     """Name of the judge's model there."""
+    judge_tokens: int = 64
+    """Tokens of the judge's answer; one that thinks aloud needs some thousands."""
     all_targets: bool = False
     """Write for every target, not only for those that the data misses."""
     weak: int = 1

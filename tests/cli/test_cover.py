@@ -54,6 +54,7 @@ class Judge:
     name = "a judge"
 
     def __call__(self, conversations, **settings):
+        assert settings["max_tokens"] == 900
         asked = [int(conversation[1]["content"].split()[-1]) for conversation in conversations]
         return [Reply("", "HTTP 503") if feature == 3 else Reply(str(float(feature % 2 == 0))) for feature in asked]
 
@@ -65,9 +66,10 @@ def test_a_judge_scores_what_has_no_score_and_what_it_failed_on_is_no_target(cov
     rows += [{"layer": 1, "feature": 6, "explanation": "about 6", "score": 0.1, "scores": {"detection": 0.1}}]
     rows += [{"layer": 1, "feature": 7, "explanation": "about 7", "score": 0.9, "scores": {"detection": 0.9}}]
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    saved = cover("--targets", tmp_path / "e.jsonl", "--judge", "http://h/v1", "--judge-model", "m", "--scored", tmp_path / "s.jsonl")
+    scored = tmp_path / "s.jsonl"
+    saved = cover("--targets", tmp_path / "e.jsonl", "--judge", "http://h/v1", "--judge-model", "m", "--judge-tokens", 900, "--scored", scored)
     assert [target["feature"] for target in saved["targets"]] == [0, 2, 4, 6] and saved["judge_failures"] == {"1/3": "HTTP 503"}
-    assert [target["feature"] for target in cover("--targets", tmp_path / "s.jsonl")["targets"]] == [0, 2, 4, 6]
+    assert [target["feature"] for target in cover("--targets", scored)["targets"]] == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,11 @@ class Assistant:
     def __init__(self, breaks: str = "none", loses: str = "none"):
         self.breaks, self.loses = breaks, loses
         self.asked = 0
+        self.tokens: set[int] = set()
 
     def __call__(self, conversations, *, max_tokens=256, temperature=0.0, seed=0):
         self.asked += len(conversations)
+        self.tokens.add(max_tokens)
         return [self._answer(rule["content"], message["content"]) for rule, message in conversations]
 
     def _answer(self, rule: str, text: str) -> Reply:
@@ -104,8 +106,10 @@ def test_a_budget_is_never_exceeded(read):
 
 def test_rewrites_are_checked_and_filtered_and_kept_texts_are_answered(read):
     writer = Planned({("0/1", 0): "x 1", ("0/2", 0): "x 2", ("0/5", 0): "x 5"})
-    config = SynthesisConfig(styles=("fiction", "roleplay"), same_meaning=True, respond=True, attempts=1)
-    found = synthesize(TARGETS, writer, read, config, assistant=Assistant(loses="x 5"), judge=Assistant())
+    config = SynthesisConfig(styles=("fiction", "roleplay"), same_meaning=True, respond=True, attempts=1, judge_tokens=900)
+    judge = Assistant()
+    found = synthesize(TARGETS, writer, read, config, assistant=Assistant(loses="x 5"), judge=judge)
+    assert judge.tokens == {900}
     rows = [(c.key, c.style, c.text, c.fired, c.kept, c.response) for c in found.candidates]
     assert rows == [
         ("0/1", "vanilla", "x 1", True, True, "helped"),
