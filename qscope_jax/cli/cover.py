@@ -1,5 +1,6 @@
 """`qscope cover`: which features a data set fires, and which it misses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from qscope_jax.errors import ConfigError
 if TYPE_CHECKING:
     from qscope_jax.features.coverage import Coverage
     from qscope_jax.features.judge import Judgement
+    from qscope_jax.features.targets import Target
 
 _SHOWN = 12
 
@@ -28,6 +30,8 @@ class Config(EndpointOptions, CoverageOptions):
     """Address of an OpenAI-compatible endpoint that scores the table's explanations which have no score."""
     judge_model: str = ""
     """Name of the judge's model there."""
+    judge_tokens: int = 64
+    """Tokens of the judge's answer; one that thinks aloud needs some thousands."""
     purpose: str = ""
     """What the data is for, which the judge is told; by default making an assistant safe and helpful."""
     scored: str = ""
@@ -40,11 +44,13 @@ class Config(EndpointOptions, CoverageOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Measure the coverage; returns it with every target."""
-    check_at_least(config, 1, "weak")
+    check_at_least(config, 1, "weak", "judge_tokens")
     for path in (config.missing, config.scored, config.page, config.out):
         check_writable(path)
-    judgement = _judge(config) if config.judge else None
-    sources = CoverageSources(config)
+    if config.judge and not config.targets:
+        raise ConfigError("a judge scores explanations; give a table of them with --targets")
+    sources = CoverageSources(config, unjudged=bool(config.judge))
+    judgement = _judge(config, sources.listed) if config.judge and sources.listed else None
     if judgement is not None:
         sources.listed = [target for target in judgement.targets if target.score is not None and target.score >= config.tau]
         if not sources.listed:
@@ -75,22 +81,23 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def _judge(config: Config) -> "Judgement":
+def _judge(config: Config, targets: "Sequence[Target]") -> "Judgement":
+    """Score what has no score; what is judged is kept where that is asked for."""
     from qscope_jax.features.judge import PURPOSE, Judgement, judge_usefulness
-    from qscope_jax.features.targets import load_targets, save_targets
+    from qscope_jax.features.targets import save_targets
 
-    if not config.targets:
-        raise ConfigError("a judge scores explanations; give a table of them with --targets")
-    targets = load_targets(config.targets, tau=0.0, layers=config.layers, unjudged=True)
+    if not 0 <= config.tau <= 1:
+        raise ConfigError(f"tau is {config.tau}, expected 0 to 1")
     judge = open_endpoint(config.judge, config.judge_model, config, flag="--judge-model", cache=f"{config.scored}.replies" if config.scored else "")
-    fresh = judge_usefulness([target for target in targets if target.score is None], judge, purpose=config.purpose or PURPOSE)
+    unscored = [target for target in targets if target.score is None]
+    fresh = judge_usefulness(unscored, judge, purpose=config.purpose or PURPOSE, max_tokens=config.judge_tokens)
     scored = {target.key: target for target in fresh.targets}
     found = Judgement(tuple(scored.get(target.key, target) for target in targets), fresh.failures)
     print(f"Judged {len(scored)} explanations by {judge.name}; {len(found.failures)} failed")
     for key, reason in list(found.failures.items())[:3]:
         print(f"  {key}: {reason}")
     if config.scored:
-        save_targets(config.scored, found.targets)
+        save_targets(config.scored, found.targets, failed=found.failures)
     return found
 
 

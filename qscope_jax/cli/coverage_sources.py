@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qscope_jax.features.targets import Target
     from qscope_jax.features.text_features import TextFeatures
     from qscope_jax.models.language_model import LanguageModel
-    from qscope_jax.sae.layer_sae import SAECollection
+    from qscope_jax.sae.layer_sae import LayerSAE, SAECollection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,12 @@ class CoverageOptions(SAEOptions):
 class CoverageSources:
     """Data, pool and targets, each read when it is first asked for."""
 
-    def __init__(self, options: CoverageOptions):
+    def __init__(self, options: CoverageOptions, *, unjudged: bool = False):
         """Check what needs no model: numbers, and the table of targets.
+
+        Args:
+            options: Which data and which targets.
+            unjudged: List all features of the table, to have those judged that have no score.
 
         Raises:
             QscopeError: a number is out of range, or the table is no table of targets.
@@ -71,7 +75,7 @@ class CoverageSources:
         if not options.targets and not options.pool:
             raise ConfigError("give --targets, a table of them, or --pool, texts of which the features that fire are targets")
         self.options = options
-        self.listed = self._listed() if options.targets else None
+        self.listed = self._listed(unjudged) if options.targets else None
 
     @cached_property
     def model(self) -> "LanguageModel":
@@ -103,13 +107,17 @@ class CoverageSources:
     def pool_texts(self) -> list[str]:
         """Texts of the pool."""
         store = _store(self.options.pool)
-        return store.texts if store is not None else _texts(self.options.pool, self.options, self.options.pool_limit)
+        return store.texts[: self.options.pool_limit] if store is not None else _texts(self.options.pool, self.options, self.options.pool_limit)
 
     @cached_property
     def pool(self) -> "dict[int, TextFeatures]":
         """Tables of the pool, by layer."""
         store = _store(self.options.pool)
-        return {layer: store.text_features(layer) for layer in self.layers} if store is not None else self.read(self.pool_texts)
+        if store is None:
+            return self.read(self.pool_texts)
+        tables = {layer: store.text_features(layer) for layer in self.layers}
+        limit = self.options.pool_limit
+        return tables if limit is None else {layer: table.select(range(min(limit, len(table)))) for layer, table in tables.items()}
 
     @cached_property
     def targets(self) -> "list[Target]":
@@ -137,13 +145,28 @@ class CoverageSources:
         settings: dict[str, Any] = {"drop_first": not self.options.keep_first, "max_norm_multiple": self.options.max_norm_multiple}
         found = {}
         for group in sae_groups(self.saes, self.layers, self.model):
+            for sae in group:
+                self._check_stores(sae)
             found |= feature_reader(self.model, group, **settings)(texts)
         return found
 
-    def _listed(self) -> "list[Target]":
+    def _check_stores(self, sae: "LayerSAE") -> None:
+        """Texts that are read anew must not be set against a store of other features."""
+        for name in (self.options.data, self.options.pool):
+            store = _store(name)
+            if store is not None and sae.layer in store.layers:
+                there, here = (store.num_features[sae.layer], store.k[sae.layer]), (sae.num_features, sae.k)
+                if there != here:
+                    raise ConfigError(
+                        f"{name}: layer {sae.layer} was stored with {there[0]} features of which {there[1]} are active; {self.saes.source} has "
+                        f"{here[0]} and {here[1]}; give the --model and --sae of the store ({store.model}, {store.sae})"
+                    )
+
+    def _listed(self, unjudged: bool) -> "list[Target]":
         from qscope_jax.features.targets import load_targets
 
-        return load_targets(self.options.targets, tau=self.options.tau, layers=self.options.layers)
+        tau = 0.0 if unjudged else self.options.tau
+        return load_targets(self.options.targets, tau=tau, layers=self.options.layers, unjudged=unjudged)
 
 
 def _texts(source: str, options: CoverageOptions, limit: int | None) -> list[str]:

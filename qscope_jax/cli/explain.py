@@ -26,6 +26,7 @@ T = TypeVar("T")
 # Seconds after which finished explanations are written down.
 _SECONDS = 10
 _DENSE = 0.1
+_JSON_LINES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class Config(EndpointOptions):
     """Name of the model that explains, as the endpoint knows it."""
     judge_model: str = ""
     """Name of the model that scores; by default the same."""
+    max_tokens: int = 512
+    """Tokens of an answer; a model that thinks aloud needs some thousands."""
     site: str = ""
     """Folder for a site that browses and searches the features."""
     neuronpedia: str = ""
@@ -111,9 +114,11 @@ def _check(config: Config) -> None:
         raise ConfigError("--endpoint-model is missing; an endpoint needs the name of a model")
     if config.endpoint and not config.explanations:
         raise ConfigError("--explanations is missing; what an endpoint finds needs a file to be kept in")
+    if config.endpoint and Path(config.explanations).suffix.lower() not in _JSON_LINES:
+        raise ConfigError(f"--explanations is {config.explanations}; what an endpoint finds is kept in JSON lines, so give a file of .jsonl")
     if not config.endpoint and (config.endpoint_model or config.judge_model):
         raise ConfigError("--endpoint is missing; a model that explains needs the URL of an endpoint")
-    check_at_least(config, 1, "concurrency")
+    check_at_least(config, 1, "concurrency", "max_tokens")
     for path in (config.out, config.page, config.explanations):
         check_writable(path)
     for path in (config.site, config.neuronpedia):
@@ -147,6 +152,10 @@ class _Cards:
 
         return self._made(ExplainConfig(top=0, quantiles=0, cofiring=0, bins=1, columns=()))
 
+    def explained_by(self) -> dict[int, str]:
+        """Who explained each feature, as its label says, which may be older than this run."""
+        return {feature: label.by for (layer, feature), label in self._labels.items() if layer == self._config.layer}
+
     def text(self, token: int) -> str:
         """What a token reads as."""
         return self.store.vocabulary[token]
@@ -179,7 +188,7 @@ def _interpret(store: "FeatureStore", labels: "Labels", config: Config) -> "Labe
     wanted = [feature for feature in chosen if feature not in known or known[feature].score is None]
     found = interpret_features(
         store, config.layer, wanted, generator, judge=judge, explanations={feature: label.explanation for feature, label in known.items()},
-        config=InterpretConfig(seed=config.seed),
+        config=InterpretConfig(max_tokens=config.max_tokens, seed=config.seed),
     )  # fmt: skip
     labels, problems, written = dict(labels), {}, time.monotonic()
     try:
@@ -266,7 +275,7 @@ def _write_neuronpedia(cards: _Cards, config: Config) -> None:
     source = source_of(
         cards.store, config.layer, config.before + config.after + 1, model_id=config.neuronpedia_model, sae_set=config.neuronpedia_set
     )  # fmt: skip
-    write_neuronpedia(config.neuronpedia, cards, source, token_text=cards.text, explained_by=config.endpoint_model)
+    write_neuronpedia(config.neuronpedia, cards, source, token_text=cards.text, explained_by=cards.explained_by())
     print(f"Neuronpedia: {config.neuronpedia}, model {source.model_id}, source {source.layer}-{source.sae_set}")
 
 

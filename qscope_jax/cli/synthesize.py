@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ class RunConfig(EndpointOptions, CoverageOptions):
     """Address of the endpoint that judges whether a rewrite means the same; by default the writer's."""
     judge_model: str = ""
     """Name of the judge's model there."""
+    judge_tokens: int = 64
+    """Tokens of the judge's answer; one that thinks aloud needs some thousands."""
     all_targets: bool = False
     """Write for every target, not only for those that the data misses."""
     weak: int = 1
@@ -139,6 +141,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not targets:
         print(f"{config.data} covers all of its {len(before.targets)} targets; nothing is to be made.")
         return {"before": before.share, "targets": 0}
+    if config.harmful:  # the writer is told too
+        targets = [replace(target, harmful=True) if target.harmful is None else target for target in targets]
     assistant = _assistant(config, sources, folder)
     writer = _writer(config, sources, targets, assistant)
     found = _synthesize(config, settings, sources, targets, writer, assistant, folder)
@@ -217,7 +221,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _check_settings(folder: Path, config: RunConfig) -> None:
-    """Let a folder be gone on with by the same settings only.
+    """Let a folder be gone on with by the same settings only; one in which nothing is finished yet takes any.
 
     Raises:
         ConfigError: it holds a run of other settings.
@@ -226,7 +230,7 @@ def _check_settings(folder: Path, config: RunConfig) -> None:
 
     settings = plain({name: value for name, value in asdict(config).items() if name not in _FREE})
     path = folder / _SETTINGS_FILE
-    if not path.exists():
+    if not path.exists() or not any((folder / name).exists() for name in (_LOG_FILE, _RANDOM_FILE)):
         write_json(path, settings)
         return
     old = read_json(path)
@@ -242,7 +246,9 @@ def _assistant(config: RunConfig, sources: CoverageSources, folder: Path) -> "Ge
     if config.writer == MODEL or config.styles or config.respond:
         from qscope_jax.features.local_generator import LocalGenerator
 
-        return LocalGenerator(sources.model, chat=True, batch_size=config.batch_size, top_p=0.95)
+        # Texts have few tokens; thoughts would take them all. Templates that know of none ignore the setting.
+        settings = {"enable_thinking": False}
+        return LocalGenerator(sources.model, chat=True, chat_settings=settings, batch_size=config.batch_size, top_p=0.95)
     return None
 
 

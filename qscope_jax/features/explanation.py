@@ -90,11 +90,14 @@ class Groups:
         for name in store.columns if columns is None else columns:
             values = store.column(name)
             plain = all(value is None or isinstance(value, str | int) for value in values)
-            names, codes = np.unique(["–" if value is None else str(value) for value in values] if plain else [""], return_inverse=True)
             if columns is not None and not plain:
                 raise InputError(f"{store.folder}: column {name!r} holds other things than text and whole numbers; group by another column")
+            # No array of strings: it would give every row the room of the longest.
+            shown = ["–" if value is None else str(value) for value in values] if plain else []
+            names = sorted(set(shown))
             if plain and (columns is not None or 2 <= len(names) <= _MOST_GROUPS):
-                self._columns[name] = names.tolist(), codes
+                place = {group: number for number, group in enumerate(names)}
+                self._columns[name] = names, np.array([place[group] for group in shown], np.int64)
 
     def rates(self, found: FiringTexts, counted_tokens: Int[np.ndarray, " B"]) -> dict[str, tuple[GroupRate, ...]]:
         """How often a feature fires in each group, most firing first."""

@@ -25,7 +25,7 @@ from scipy.sparse import csr_array
 from qscope_jax.data.files import read_json
 from qscope_jax.data.resumable import MANIFEST_FILE, verify_manifest
 from qscope_jax.errors import InputError, SourceError
-from qscope_jax.features.text_features import TextFeatures, last_codes
+from qscope_jax.features.text_features import TextFeatures, join_texts, last_codes
 from qscope_jax.sae.formats.mapped_tensors import map_safetensors
 
 FORMAT = "qscope_jax features"
@@ -182,9 +182,7 @@ class FeatureStore:
         Raises:
             InputError: the store has no such layer.
         """
-        parts = [self.shard_features(layer, shard) for shard in range(len(self.shard_texts))]
-        maxima, counts, last = (_stacked([getattr(part, name) for part in parts]) for name in ("maxima", "firing_counts", "last"))
-        return TextFeatures(layer, maxima, counts, last, np.concatenate([part.counted_tokens for part in parts]))
+        return join_texts([self.shard_features(layer, shard) for shard in range(len(self.shard_texts))])
 
     def shard_features(self, layer: int, shard: int) -> TextFeatures:
         """The tables of one shard's texts at a layer, whose number does not grow with the corpus.
@@ -325,9 +323,3 @@ def holds_store(folder: Path) -> bool:
 
 def _text_code(arrays: Mapping[str, np.ndarray], rows: slice) -> TextCode:
     return TextCode(arrays["values"][rows].astype(np.float32), arrays["indices"][rows].astype(np.int32), arrays["counted"][rows].astype(bool))
-
-
-def _stacked(parts: list[csr_array]) -> csr_array:
-    from scipy.sparse import vstack
-
-    return csr_array(vstack(parts, format="csr"))

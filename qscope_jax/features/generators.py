@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict, runtime_checkable
 
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+# Some templates open the thoughts in the prompt, so that an answer only ends them; thoughts cut short are followed by nothing.
+_THOUGHTS = re.compile(r"^.*?</think>|^\s*<think>.*", re.DOTALL)
 
 
 class Message(TypedDict):
@@ -29,7 +30,7 @@ class Reply:
 
     @property
     def spoken(self) -> str:
-        """The answer without what a model that thinks aloud thought before it."""
+        """The answer without what a model that thinks aloud thought before it; empty where it was cut while it thought."""
         return _THOUGHTS.sub("", self.text).strip()
 
 

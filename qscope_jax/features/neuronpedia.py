@@ -75,7 +75,7 @@ def write_neuronpedia(
     *,
     token_text: Callable[[int], str],
     batch_features: int = 128,
-    explained_by: str = "",
+    explained_by: Mapping[int, str] | None = None,
 ) -> Path:
     """Write the folder, whole or not at all, and return it; an older export there is replaced. Cards are taken a batch at a time.
 
@@ -85,7 +85,7 @@ def write_neuronpedia(
         source: Where they are from.
         token_text: What a token reads as by itself.
         batch_features: Features in a file.
-        explained_by: Name of the model that explained them.
+        explained_by: Who explained a feature, such as the name of a model, by the feature; those that are not there are of nobody known.
 
     Raises:
         SourceError: the folder holds something else, or cannot be written.
@@ -95,6 +95,7 @@ def write_neuronpedia(
     if target.exists() and not (target / _SKIPPED_FILE).is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise SourceError(f"{folder}: holds something else than an export for Neuronpedia; choose another folder or remove it")
     written: set[int] = set()
+    by = explained_by or {}
     with atomic_path(target, directory=True) as temporary, open(temporary / "explanations.jsonl", "w", encoding="utf-8") as explanations:
         alive = _firing(cards, source)
         for number in itertools.count():
@@ -104,7 +105,7 @@ def write_neuronpedia(
             features = [_feature(card, source, token_text) for card in batch]
             _write(temporary / f"batch-{number}.json", {**_heading(source), "sae_id_suffix": None, "features": features})
             explanations.writelines(
-                json.dumps(_explanation(card, source, explained_by), ensure_ascii=False) + "\n" for card in batch if card.explanation
+                json.dumps(_explanation(card, source, by.get(card.feature, "")), ensure_ascii=False) + "\n" for card in batch if card.explanation
             )
             written.update(card.feature for card in batch)
         skipped = sorted(set(range(source.num_features)) - written)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qscope_jax.errors import InputError
+from qscope_jax.features.generators import Reply
 
 RefusalDetector = Callable[[str], bool]
 """Whether a response refuses."""
@@ -111,8 +112,8 @@ def rate(hits: int, trials: int, confidence: float = 0.95) -> Rate:
 
 
 def phrase_refusal(response: str) -> bool:
-    """Whether a response begins like a refusal: one of `REFUSALS` in its first 200 characters. No text at all is a refusal too."""
-    beginning = " ".join(response[:_BEGINNING].lower().replace("\u2019", "'").split())
+    """Whether a response begins like a refusal: one of `REFUSALS` in its first 200 characters, thoughts aside. No text at all is a refusal too."""
+    beginning = " ".join(Reply(response).spoken[:_BEGINNING].lower().replace("\u2019", "'").split())
     return not beginning or any(phrase in beginning for phrase in REFUSALS)
 
 

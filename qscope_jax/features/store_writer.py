@@ -1,5 +1,6 @@
 """Write a feature store: one pass of the model over a corpus, shard by shard, in memory that does not grow with it."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -115,7 +116,7 @@ def write_store(
     if first is None:
         raise InputError("there is no text to read; give at least one")
     kept = _columns(first, columns)
-    plan = _plan(model, saes, config, kept, sae_name, data)
+    plan = _plan(model, saes, config, kept, sae_name, data) | {"first_text": _digest(first)}
     with ResumableFolder(Path(out), plan, overwrite=overwrite, replaceable=holds_store) as folder:
         facts = _resumed(folder)
         done = sum(shard["rows"] for shard in facts)
@@ -374,6 +375,12 @@ def _plan(
         "kept_columns": list(columns),
         **asdict(config),
     }
+
+
+def _digest(row: str | Mapping[str, Any]) -> str:
+    """Tells corpora apart of which nothing else is said."""
+    text = row if isinstance(row, str) else row.get("text")
+    return hashlib.sha256(str(text).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _resumed(folder: ResumableFolder) -> list[dict[str, Any]]:

@@ -48,6 +48,8 @@ class SynthesisConfig:
     """Activation that firing must exceed, besides the target's own threshold."""
     max_tokens: int = 256
     """Tokens of a rewrite or an answer."""
+    judge_tokens: int = 64
+    """Tokens of the judge's answer; one that thinks aloud needs more."""
     temperature: float = 0.7
     """Of rewrites and answers."""
     at_once: int = 64
@@ -57,7 +59,7 @@ class SynthesisConfig:
 
     def __post_init__(self):
         """Check ranges and styles."""
-        for name in ("per_target", "attempts", "max_tokens", "at_once"):
+        for name in ("per_target", "attempts", "max_tokens", "judge_tokens", "at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
         if self.budget is not None and self.budget < 1:
@@ -293,11 +295,12 @@ class _Maker:
         replies = self._ask(self.assistant, [rewrite_conversation(made[id(request)][0].text, style) for request in chosen])
         self._note([(f"{_identity(request)} {style}", reply) for request, reply in zip(chosen, replies, strict=True)], self.assistant.name)
         lost |= {id(request) for request, reply in zip(chosen, replies, strict=True) if reply.error}
-        written = [(request, reply.text.strip()) for request, reply in zip(chosen, replies, strict=True) if not reply.error]
+        written = [(request, reply.spoken) for request, reply in zip(chosen, replies, strict=True) if not reply.error]
         same = None
         if self.config.same_meaning:
             assert self.judge is not None
-            verdicts = judge_same_meaning([(made[id(request)][0].text, text) for request, text in written], self.judge, seed=self.config.seed)
+            pairs = [(made[id(request)][0].text, text) for request, text in written]
+            verdicts = judge_same_meaning(pairs, self.judge, max_tokens=self.config.judge_tokens, seed=self.config.seed)
             for (request, _), verdict in zip(written, verdicts, strict=True):
                 if isinstance(verdict, str):
                     self.failures.append(f"{_identity(request)} {style}: the judge's answer {verdict}")
@@ -316,7 +319,7 @@ class _Maker:
         replies = self._ask(self.assistant, [response_conversation(candidate.text, harmful=candidate.harmful) for candidate in asked])
         self._note([(f"{_identity(request)} response", reply) for (request, _), reply in zip(places, replies, strict=True)], self.assistant.name)
         for (request, i), candidate, reply in zip(places, asked, replies, strict=True):
-            made[id(request)][i] = replace(candidate, response=reply.text.strip())
+            made[id(request)][i] = replace(candidate, response=reply.spoken)
             lost |= {id(request)} if reply.error else set()
 
     def _ask(self, generator: Generator, conversations: Sequence[Any]) -> list[Reply]:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.sparse import csc_array, csr_array
+from scipy.sparse import csc_array, csr_array, vstack
 
 from qscope_jax.data.record_log import RecordLog
-from qscope_jax.errors import InputError
+from qscope_jax.errors import InputError, SourceError
 from qscope_jax.features.coverage import firing, firing_of_texts
 from qscope_jax.features.feature_reader import FeatureReader
 from qscope_jax.features.synthesis import Synthesis
@@ -74,11 +74,13 @@ def random_synthesis(
 
     Raises:
         InputError: no target, or a budget below 1.
+        SourceError: a whole step failed, so that going on is of no use; finished work stays in the log.
     """
     if budget < 1 or not targets:
         raise InputError(f"random synthesis of {budget} texts for {len(targets)} targets; expected at least one of each")
     control = writer.untargeted()
     texts: list[str] = []
+    hits: list[csc_array] = []
     failures: list[str] = []
     asked = 0
     # What failed is made up for, since a synthesis' budget counts texts too; but a writer that mostly fails is not asked for ever.
@@ -89,20 +91,29 @@ def random_synthesis(
         asked += len(step)
         kept = {request: record["text"] for request in step if log is not None and (record := log.get(_identity(request))) is not None}
         fresh = [request for request in step if request not in kept]
+        failed = []
         for request, reply in zip(fresh, control(fresh, seed=seed) if fresh else [], strict=True):
             if reply.error:
-                failures.append(f"{_identity(request)}: {reply.error}")
+                failed.append(f"{_identity(request)}: {reply.error}")
                 continue
             kept[request] = reply.text
             if log is not None:
                 log.add(_identity(request), {"text": reply.text})
-        texts += [str(kept[request]) for request in step if request in kept]
+        failures += failed
+        if len(failed) == len(fresh) > 1:
+            raise SourceError(
+                f"{control.name}: all {len(failed)} requests for the random baseline failed, the last with {failed[-1]}; what is finished is kept, "
+                "run again to go on"
+            )
+        found = [str(kept[request]) for request in step if request in kept]
+        # Read step by step, so that memory holds the codes of one step and not of the whole budget.
+        hits.append(firing_of_texts(targets, found, read, threshold=threshold)[0])
+        texts += found
         if progress is not None:
             progress(len(texts), budget)
     if not texts:
-        raise InputError(f"{control.name}: wrote no text for the random baseline; the last error: {failures[-1]}")
-    hits, _ = firing_of_texts(targets, texts, read, threshold=threshold)
-    return Baseline("random synthesis", tuple(texts), hits, tuple(failures))
+        raise SourceError(f"{control.name}: wrote no text for the random baseline; the last error: {failures[-1]}")
+    return Baseline("random synthesis", tuple(texts), csc_array(vstack(hits, format="csc")), tuple(failures))
 
 
 def natural_sampling(targets: Sequence[Target], texts: Sequence[str], features: Mapping[int, TextFeatures], *, threshold: float = 0.0) -> Baseline:

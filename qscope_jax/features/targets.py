@@ -1,7 +1,7 @@
 """Features that a data set should light up: from explanations a judge finds useful, from a list, or from what fires at all."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ def load_targets(source: str | Path, *, tau: float = TAU, layers: Sequence[int] 
     Args:
         source: A table (see `load_table`) with columns `layer` and `feature`, and, where known, `explanation`, `score`, `harmful` and
             `threshold`. Rows without a score are kept, so that a plain list of features is an inventory too; rows whose score is null are
-            left out, since their judge failed.
+            left out, since their judge failed. Where `scores` stand beside it, as in a file of explanations, the score says how well the
+            explanation holds and not how useful the feature is: such a row counts as one without a score.
         tau: Least score.
         layers: Keep targets of these layers only.
         unjudged: Keep rows whose score is null too, to have them judged.
@@ -107,14 +108,23 @@ def alive_targets(features: Mapping[int, TextFeatures], *, least: int = 1, highe
     return found
 
 
-def save_targets(path: str | Path, targets: Sequence[Target]) -> None:
+def save_targets(path: str | Path, targets: Sequence[Target], *, failed: Collection[str] = ()) -> None:
     """Write targets as JSON lines that `load_targets` reads.
+
+    Args:
+        path: The file.
+        targets: The targets.
+        failed: Keys of those whose judge failed; their score is written as null, so that they are not taken for a plain list's.
 
     Raises:
         SourceError: the file cannot be written.
     """
     # What is as it is by default goes without saying.
-    lines = [{name: value for name, value in vars(target).items() if value != getattr(Target, name, None)} for target in targets]
+    lines = [
+        {name: value for name, value in vars(target).items() if value != getattr(Target, name, None)}
+        | ({"score": None} if target.key in failed else {})
+        for target in targets
+    ]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
@@ -136,7 +146,7 @@ def check_targets(targets: Sequence[Target], num_features: Mapping[int, int]) ->
 
 def _counts(target: Target, row: Mapping[str, Any], tau: float, unjudged: bool) -> bool:
     if target.score is None:
-        return unjudged or "score" not in row
+        return unjudged or "score" not in row or bool(row.get("scores"))
     return target.score >= tau
 
 
@@ -145,6 +155,8 @@ def _target(row: Mapping[str, Any], where: str) -> Target:
     explanation, score, harmful, threshold = (_stated(row.get(name)) for name in ("explanation", "score", "harmful", "threshold"))
     if explanation is not None and not isinstance(explanation, str):
         raise InputError(f"{where}: explanation holds {type(explanation).__name__}, expected text")
+    if row.get("scores"):
+        score = None
     least = 0.0 if threshold is None else _number(threshold, where, "threshold", float("inf"))
     return Target(layer, feature, explanation or "", None if score is None else _number(score, where, "score", 1.0), _flag(harmful, where), least)
 

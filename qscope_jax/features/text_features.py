@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 
 from qscope_jax.errors import ShapeError
 from qscope_jax.features.readout import Readout
@@ -104,6 +104,18 @@ def text_table(
     indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     return TextTable(indptr, *(np.concatenate([np.zeros(0, kind), *parts]) for kind, parts in
                                ((np.int32, features), (np.float32, maxima), (np.int32, counts))))  # fmt: skip
+
+
+def join_texts(parts: Sequence[TextFeatures]) -> TextFeatures:
+    """The tables of texts one part after the other, of one layer; at least one part.
+
+    Raises:
+        ShapeError: the parts have different numbers of features.
+    """
+    if len({part.num_features for part in parts}) != 1:
+        raise ShapeError(f"tables of {[part.num_features for part in parts]} features cannot be joined; expected one number and at least one table")
+    maxima, counts, last = (csr_array(vstack([getattr(part, name) for part in parts], format="csr")) for name in ("maxima", "firing_counts", "last"))
+    return TextFeatures(parts[0].layer, maxima, counts, last, np.concatenate([part.counted_tokens for part in parts]))
 
 
 def last_codes(values_BK: Float[np.ndarray, "B K"], indices_BK: Integer[np.ndarray, "B K"], num_features: int) -> csr_array:

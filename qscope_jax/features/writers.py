@@ -11,12 +11,14 @@ from qscope_jax.features.targets import Target
 MOST_CONTEXTS = 5
 """Contexts that a prompt quotes at most."""
 
+_LONGEST_PASSAGE = 1000
+
 _RULE = (
     "You write test messages for a language assistant, as a user would send them: natural, self-contained, one to three sentences. Messages for "
     "the same subject differ in situation, wording and length. Write one message and nothing else: no title, no quotation marks, no comment."
 )
 _SUBJECT = "Write message number {number} that clearly contains the following: {explanation}"
-_EXAMPLES = "Write message number {number} that contains what these passages have in common, marked in them where it is strongest:\n{passages}"
+_EXAMPLES = "Write message number {number} that contains what these passages have in common:\n{passages}"
 _QUOTED = "{subject}\n\nPassages that contain it:\n{passages}"
 _ANY_SUBJECT = "Write message number {number} about any subject that you like."
 _KINDS = {
@@ -96,7 +98,7 @@ class InstructedWriter:
         """
         conversations = [self._conversation(request) for request in requests]
         replies = self.generator(conversations, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed) if conversations else []
-        return [reply if reply.error else Reply(_unquoted(reply.text)) for reply in replies]
+        return [reply if reply.error else Reply(_unquoted(reply.spoken)) for reply in replies]
 
     def untargeted(self) -> "InstructedWriter":
         """The same generator, asked for messages about anything."""
@@ -105,7 +107,7 @@ class InstructedWriter:
     def _conversation(self, request: Request) -> list[Message]:
         target = request.target
         contexts = list(self.contexts.get(target.key, ()))[:MOST_CONTEXTS]
-        passages = "\n".join(f"- {context}" for context in contexts)
+        passages = "\n".join(f"- {_cut(context)}" for context in contexts)
         if not self.told:
             asked = _ANY_SUBJECT.format(number=request.number)
         elif target.explanation:
@@ -117,6 +119,11 @@ class InstructedWriter:
             raise InputError(f"target {target.key} has neither an explanation nor contexts, so nobody can be told to write for it")
         kind = _KINDS[target.harmful]
         return [{"role": "system", "content": _RULE}, {"role": "user", "content": f"{asked}\n\n{kind}".strip()}]
+
+
+def _cut(context: str) -> str:
+    """The beginning of a text that would fill a prompt."""
+    return context if len(context) <= _LONGEST_PASSAGE else context[: _LONGEST_PASSAGE - 1] + "…"
 
 
 def _unquoted(text: str) -> str:

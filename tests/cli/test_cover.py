@@ -3,6 +3,7 @@ import json
 import pytest
 
 from qscope_jax.data.tables import load_table
+from qscope_jax.features.generators import Reply
 
 TEXTS = ["My grandmother made tea.", "the garden", "奶奶在花园里泡茶。"]
 
@@ -45,6 +46,30 @@ def test_targets_of_a_table_are_counted_in_the_data(cover, data, table, tmp_path
     assert [(target["feature"], target["texts"]) for target in saved["targets"]] == [(f, fired.get(f, 0)) for f in range(20, 40)]
     assert [row["feature"] for row in load_table(tmp_path / "m.jsonl").rows] == [f for f in range(20, 40) if f not in fired]
     assert len(cover("--targets", table, "--tau", 0.0)["targets"]) == 40
+
+
+class Judge:
+    """Finds even features useful; does not answer about feature 3."""
+
+    name = "a judge"
+
+    def __call__(self, conversations, **settings):
+        assert settings["max_tokens"] == 900
+        asked = [int(conversation[1]["content"].split()[-1]) for conversation in conversations]
+        return [Reply("", "HTTP 503") if feature == 3 else Reply(str(float(feature % 2 == 0))) for feature in asked]
+
+
+def test_a_judge_scores_what_has_no_score_and_what_it_failed_on_is_no_target(cover, tmp_path, monkeypatch):
+    monkeypatch.setattr("qscope_jax.cli.cover.open_endpoint", lambda *arguments, **settings: Judge())
+    rows = [{"layer": 1, "feature": feature, "explanation": f"about {feature}", "score": None} for feature in range(6)]
+    # What explain wrote: the score is the explanation's.
+    rows += [{"layer": 1, "feature": 6, "explanation": "about 6", "score": 0.1, "scores": {"detection": 0.1}}]
+    rows += [{"layer": 1, "feature": 7, "explanation": "about 7", "score": 0.9, "scores": {"detection": 0.9}}]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = tmp_path / "s.jsonl"
+    saved = cover("--targets", tmp_path / "e.jsonl", "--judge", "http://h/v1", "--judge-model", "m", "--judge-tokens", 900, "--scored", scored)
+    assert [target["feature"] for target in saved["targets"]] == [0, 2, 4, 6] and saved["judge_failures"] == {"1/3": "HTTP 503"}
+    assert [target["feature"] for target in cover("--targets", scored)["targets"]] == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,13 @@ def endpoint():
     """A server of chat completions that explains all as tea and judges by that; `refused` makes it fail on matching questions."""
 
     class Handler(BaseHTTPRequestHandler):
-        refused, models, calls = "", set(), 0
+        refused, models, calls, tokens = "", set(), 0, set()
 
         def do_POST(self):  # noqa: N802
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             rule, question = (message["content"] for message in request["messages"])
             Handler.models.add(request["model"])
+            Handler.tokens.add(request["max_tokens"])
             Handler.calls += 1
             failed = Handler.refused and re.search(Handler.refused, question)
             answer = json.dumps({"choices": [{"message": {"role": "assistant", "content": self.answer(rule, question)}, "finish_reason": "stop"}]})
@@ -102,16 +103,19 @@ def test_what_stands_in_a_file_of_explanations_is_shown(qscope, store, tmp_path)
 def test_an_endpoint_explains_and_scores_and_only_what_is_missing(qscope, store, endpoint, tmp_path):
     path = tmp_path / "e.jsonl"
     options = ("explain", "--store", store, "--layer", 2, "--explanations", path, "--endpoint", endpoint.url, "--endpoint-model", "m")
-    answer = qscope(*options, "--features", 0, "--judge-model", "j")
+    answer = qscope(*options, "--features", 0, "--judge-model", "j", "--max-tokens", 4000)
     assert answer.status == 0 and not answer.err and "the word tea (detection 1.00, fuzzing 1.00)" in answer.out
     (row,) = map(json.loads, path.read_text().splitlines())
     assert (row["layer"], row["feature"], row["explanation"], row["score"]) == (2, 0, "the word tea", 1.0) and row["by"].startswith("m")
-    assert endpoint.models == {"m", "j"}
+    assert endpoint.models == {"m", "j"} and endpoint.tokens == {4000}
     calls = endpoint.calls
     assert qscope(*options, "--features", 0).status == 0 and endpoint.calls == calls
     assert qscope(*options, "--all").err.count("never fires") == 1
     rows = {row["feature"]: row for row in map(json.loads, path.read_text().splitlines())}
     assert set(rows) == {0, 1} and rows[1]["scores"]["detection"] <= 0.6
+    assert qscope("explain", "--store", store, "--layer", 2, "--all", "--explanations", path, "--neuronpedia", tmp_path / "np").status == 0
+    exported = [json.loads(line) for line in (tmp_path / "np" / "explanations.jsonl").read_text().splitlines()]
+    assert [line["explanationModelName"] for line in exported] == [row["by"], rows[1]["by"]]
 
 
 def test_what_fails_is_reported_and_what_is_finished_is_kept(qscope, store, endpoint, tmp_path, monkeypatch):
@@ -149,9 +153,11 @@ def test_what_fails_is_reported_and_what_is_finished_is_kept(qscope, store, endp
         (["--features", 3], "feature 3 is out of range"),
         (["--features", 0, "--by", "nation"], "has no column 'nation'; it has 'kind'"),
         (["--features", 0, "--top", -1], "top is -1"),
+        (["--features", 0, "--max-tokens", 0], "max_tokens is 0"),
         (["--features", 0, "--explanations", "none.jsonl"], "none.jsonl: no such file"),
         (["--features", 0, "--endpoint", "http://h/v1"], "--endpoint-model is missing"),
         (["--features", 0, "--endpoint", "http://h/v1", "--endpoint-model", "m"], "--explanations is missing"),
+        (["--features", 0, "--endpoint", "http://h/v1", "--endpoint-model", "m", "--explanations", "e.csv"], "give a file of .jsonl"),
         (["--features", 0, "--judge-model", "m"], "--endpoint is missing"),
         (["--features", 0, "--out", "/proc/none/o.json"], "cannot be written"),
         (["--all", "--neuronpedia", "/proc/none/np"], "cannot be written"),

@@ -35,7 +35,27 @@ def test_a_run_keeps_what_fires_and_goes_on_where_it_stopped(qscope, options, tm
 def test_a_folder_is_gone_on_with_by_the_same_settings_only(refused, qscope, options, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text("{}")
+    (tmp_path / "out" / "candidates.jsonl").touch()
     assert "holds a run whose" in refused("synthesize", *options, "--out", tmp_path / "out")
+
+
+def test_a_run_that_was_refused_does_not_bind_the_next(refused, options, tmp_path):
+    assert "doses are [0.0]" in refused("synthesize", *options, "--out", tmp_path / "out", "--doses", 0)
+    assert "no chat template" in refused("synthesize", *options, "--out", tmp_path / "out", "--writer", "model")
+
+
+def test_a_store_can_be_the_pool_and_one_of_other_saes_is_refused(qscope, refused, model, saes, options, tmp_path):
+    data = ["--data", tmp_path / "pool.jsonl", "--layers", "1", "--max-length", 64]
+    answer = qscope("store", "--model", model, "--sae", saes, *data, "--out", tmp_path / "store")
+    assert answer.status == 0, answer
+    counts = []
+    for limit in ((), ("--pool-limit", 1)):
+        assert qscope("cover", *options[1:-6], "--pool", tmp_path / "store", *limit, "--out", tmp_path / "c.json").status == 0
+        counts.append(len(json.loads((tmp_path / "c.json").read_text())["targets"]))
+    assert 0 < counts[1] < counts[0]
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest | {"k": {"1": 3}}))
+    assert "give the --model and --sae of the store" in refused("cover", *options[1:-6], "--pool", tmp_path / "store")
 
 
 def test_data_that_covers_everything_needs_nothing(qscope, options, tmp_path):

@@ -65,9 +65,10 @@ def test_features_are_split_into_batches_and_those_that_never_fire_are_listed(tm
 
 
 def test_explanations_stand_in_the_columns_of_neuronpedias_exports(tmp_path):
-    cards = [card(1), card(2, explanation="words for 茶", scores={"detection": 0.8})]
-    folder = write_neuronpedia(tmp_path / "np", cards, SOURCE, token_text=token_text, explained_by="a model")
-    (line,) = (folder / "explanations.jsonl").read_text(encoding="utf-8").splitlines()
+    cards = [card(1), card(2, explanation="words for 茶", scores={"detection": 0.8}), card(4, explanation="x")]
+    folder = write_neuronpedia(tmp_path / "np", cards, SOURCE, token_text=token_text, explained_by={2: "a model"})
+    line, other = (folder / "explanations.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(other)["index"] == "4" and json.loads(other)["explanationModelName"] is None
     assert json.loads(line) == {
         "modelId": "qwen3-1.7b", "layer": "4-qwenscope-res", "index": "2", "description": "words for 茶", "explanationModelName": "a model",
         "scores": {"detection": 0.8},

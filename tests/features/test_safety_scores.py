@@ -61,3 +61,8 @@ def test_what_cannot_be_scored_is_refused():
     ]:
         with pytest.raises(InputError, match=line):
             call()
+
+
+def test_thoughts_are_no_part_of_a_response():
+    assert not phrase_refusal(f"<think>As an AI I could refuse.</think>{YES}")
+    assert phrase_refusal(f"<think>{'Of course. ' * 50}</think>\n{NO}")

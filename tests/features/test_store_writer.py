@@ -127,7 +127,8 @@ def test_an_interrupted_store_is_finished_by_the_same_call_to_the_byte(character
     assert manifests[0] == manifests[1]
 
 
-def test_other_settings_do_not_continue_an_unfinished_store(character_model, saes, tmp_path, config, monkeypatch):
+@pytest.mark.parametrize(("rows", "name"), [(corpus(8), "other"), (corpus(8)[1:], "one")])
+def test_other_settings_or_texts_do_not_continue_an_unfinished_store(character_model, saes, tmp_path, config, monkeypatch, rows, name):
     def stop(*arguments):
         raise KeyboardInterrupt
 
@@ -136,8 +137,8 @@ def test_other_settings_do_not_continue_an_unfinished_store(character_model, sae
         write_store(character_model, saes[:1], corpus(8), tmp_path / "s", config, sae_name="one")
     monkeypatch.undo()
     seen = []
-    write_store(character_model, saes[:1], corpus(8), tmp_path / "s", config, sae_name="other", report=lambda texts, tokens: seen.append(texts))
-    assert seen
+    found = write_store(character_model, saes[:1], rows, tmp_path / "s", config, sae_name=name, report=lambda texts, tokens: seen.append(texts))
+    assert seen and found.texts == [row["text"] for row in rows if row["text"].strip()]
 
 
 def test_many_features_and_small_shards_give_the_same_tables(store, character_model, saes, tmp_path, monkeypatch, config):

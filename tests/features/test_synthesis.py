@@ -59,9 +59,11 @@ class Assistant:
     def __init__(self, breaks: str = "none", loses: str = "none"):
         self.breaks, self.loses = breaks, loses
         self.asked = 0
+        self.tokens: set[int] = set()
 
     def __call__(self, conversations, *, max_tokens=256, temperature=0.0, seed=0):
         self.asked += len(conversations)
+        self.tokens.add(max_tokens)
         return [self._answer(rule["content"], message["content"]) for rule, message in conversations]
 
     def _answer(self, rule: str, text: str) -> Reply:
@@ -104,8 +106,10 @@ def test_a_budget_is_never_exceeded(read):
 
 def test_rewrites_are_checked_and_filtered_and_kept_texts_are_answered(read):
     writer = Planned({("0/1", 0): "x 1", ("0/2", 0): "x 2", ("0/5", 0): "x 5"})
-    config = SynthesisConfig(styles=("fiction", "roleplay"), same_meaning=True, respond=True, attempts=1)
-    found = synthesize(TARGETS, writer, read, config, assistant=Assistant(loses="x 5"), judge=Assistant())
+    config = SynthesisConfig(styles=("fiction", "roleplay"), same_meaning=True, respond=True, attempts=1, judge_tokens=900)
+    judge = Assistant()
+    found = synthesize(TARGETS, writer, read, config, assistant=Assistant(loses="x 5"), judge=judge)
+    assert judge.tokens == {900}
     rows = [(c.key, c.style, c.text, c.fired, c.kept, c.response) for c in found.candidates]
     assert rows == [
         ("0/1", "vanilla", "x 1", True, True, "helped"),
@@ -118,6 +122,16 @@ def test_rewrites_are_checked_and_filtered_and_kept_texts_are_answered(read):
         ("0/5", "fiction", "lost", False, False, ""),
         ("0/5", "roleplay", "lost", False, False, ""),
     ]
+
+
+def test_thoughts_are_neither_checked_nor_kept(read):
+    class Thinks(Assistant):
+        def _answer(self, rule: str, text: str) -> Reply:
+            return Reply(f"<think>1 2 5</think>\n{super()._answer(rule, text).text}")
+
+    config = SynthesisConfig(styles=("fiction",), respond=True, attempts=1)
+    found = synthesize(TARGETS[:1], Planned({("0/1", 0): "x 1"}), read, config, assistant=Thinks())
+    assert [(c.text, c.fires, c.response) for c in found.kept] == [("x 1", ("0/1",), "helped"), ("x 1 again", ("0/1",), "helped")]
 
 
 def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(read, tmp_path):
@@ -207,6 +221,24 @@ def test_a_random_text_that_failed_is_made_up_for(read):
 
     found = random_synthesis(TARGETS, Fails({}), read, 7, at_once=3)
     assert len(found.texts) == 7 and found.failures == ("0/1 untargeted 0: HTTP 500", "0/5 untargeted 1: HTTP 503")
+
+
+def test_a_random_baseline_in_which_everything_fails_stops_at_once(read):
+    control = Planned({}, "!HTTP 401")
+    control.untargeted = lambda: control
+    with pytest.raises(SourceError, match="all 3 requests for the random baseline failed, the last with 0/5 untargeted 0: HTTP 401"):
+        random_synthesis(TARGETS, control, read, 900, at_once=3)
+    assert len(control.asked) == 3
+
+
+def test_random_texts_are_read_a_step_at_a_time(read):
+    class Varied(Planned):
+        def untargeted(self):
+            return Planned({("0/1", 0): "x 1", ("0/2", 1): "x 2 5"}, "y")
+
+    sizes = []
+    found = random_synthesis(TARGETS, Varied({}), lambda texts: sizes.append(len(texts)) or read(texts), 7, at_once=3)
+    assert sizes == [3, 3, 1] and found.hits.toarray().tolist() == [[i == 0, i == 4, i == 4] for i in range(7)]
 
 
 def test_progress_tells_targets_that_have_their_texts(read):

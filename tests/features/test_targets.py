@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qscope_jax.errors import InputError
+from qscope_jax.features.feature_labels import FeatureLabel, write_labels
 from qscope_jax.features.targets import Target, alive_targets, check_targets, load_targets, save_targets
 from qscope_jax.features.text_features import text_features
 
@@ -27,6 +28,17 @@ def test_targets_are_the_features_whose_explanation_scores_tau_or_more(table):
     assert load_targets(path) == [Target(1, 8, "not judged"), Target(3, 7, "rude words", 0.5, True)]
     assert [target.key for target in load_targets(path, tau=0.0)] == ["1/8", "1/9", "3/7"]
     assert [target.key for target in load_targets(path, layers=[3])] == ["3/7"]
+
+
+def test_scores_of_explanations_are_not_taken_for_usefulness(tmp_path):
+    write_labels(tmp_path / "e.jsonl", [FeatureLabel(0, 1, "tea", 0.3, {"detection": 0.3}, "m"), FeatureLabel(0, 2, "sun", 0.9, {"fuzzing": 0.9})])
+    assert load_targets(tmp_path / "e.jsonl") == [Target(0, 1, "tea"), Target(0, 2, "sun")]
+
+
+def test_a_target_whose_judge_failed_is_none_when_it_comes_back(tmp_path):
+    save_targets(tmp_path / "t.jsonl", [Target(0, 1, "tea", 0.7), Target(0, 2, "sun")], failed=["0/2"])
+    assert load_targets(tmp_path / "t.jsonl") == [Target(0, 1, "tea", 0.7)]
+    assert load_targets(tmp_path / "t.jsonl", unjudged=True) == [Target(0, 1, "tea", 0.7), Target(0, 2, "sun")]
 
 
 def test_a_list_of_features_is_an_inventory_too(tmp_path):

@@ -28,6 +28,7 @@ def test_a_writer_is_told_the_explanation_the_contexts_the_kind_and_the_number()
     asked = ask(Target(0, 1, "rude words", harmful=True), **{"0_1": tuple("abcdefg")})
     assert "rude words" in asked and "- e" in asked and "- f" not in asked and "harm" in asked
     assert "have in common" in ask(Target(0, 1), **{"0_1": ("a",)})
+    assert "- " + "a" * 999 + "…" in ask(Target(0, 1), **{"0_1": ("a" * 2000,)})
     assert "something harmless" in ask(Target(0, 1, "knives", harmful=False))
 
 
@@ -45,8 +46,14 @@ def test_settings_reach_the_generator_and_failures_come_back():
     assert InstructedWriter(echo, {})([]) == []
 
 
-@pytest.mark.parametrize(("said", "text"), [('"a b"', "a b"), ("“a”", "a"), ('"a" or "b"', '"a" or "b"'), (" a ", "a"), ('"', '"')])
-def test_quotation_marks_around_the_whole_are_taken_off(said, text):
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ('"a b"', "a b"), ("“a”", "a"), ('"a" or "b"', '"a" or "b"'), (" a ", "a"), ('"', '"'),
+        ("<think>rude?</think> a", "a"), ("rude?\n</think>\n\na", "a"), ("<think>rude, then", ""),
+    ],
+)  # fmt: skip
+def test_quotation_marks_and_thoughts_are_taken_off(said, text):
     class Says:
         name = "says"
 
