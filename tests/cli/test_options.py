@@ -11,7 +11,7 @@ from qscope_jax.cli.options import Integers, Numbers, Texts, field_docstrings, h
 from qscope_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-VERB_OF = {"generate": "generate", "steer": "steer", "sae": "train-sae", "eval": "eval-sae"}
+VERB_OF = {"sae": "train-sae", "eval": "eval-sae"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,17 @@ class Example(Base):
     """Stops."""
 
 
-def verb_config(verb: str) -> type:
-    return import_module(f"qscope_jax.cli.{verb.replace('-', '_')}").Config
+def verb_config(command: str) -> type:
+    """The options of a verb, or of a verb's action."""
+    verb, _, action = command.partition(" ")
+    module = import_module(f"qscope_jax.cli.{verb.replace('-', '_')}")
+    return module.ACTIONS[action][0] if action else module.Config
+
+
+def commands() -> list[str]:
+    """Every verb, with each of its actions where it has some."""
+    actions = {verb: getattr(import_module(f"qscope_jax.cli.{verb.replace('-', '_')}"), "ACTIONS", {}) for verb in VERBS}
+    return [command for verb in VERBS for command in [f"{verb} {action}" for action in actions[verb]] or [verb]]
 
 
 def filled(*arguments: str) -> Example:
@@ -152,7 +161,7 @@ def test_an_inherited_field_has_a_docstring_and_comes_last():
     assert "Keep 50 % of it." in text
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", commands())
 def test_every_option_has_one_sentence(verb):
     config = verb_config(verb)
     text = " ".join(help_text(verb, config).split())
@@ -164,10 +173,12 @@ def test_every_option_has_one_sentence(verb):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_shipped_yaml_fills_its_verb_and_says_how_to_run_it(path):
-    verb = VERB_OF[path.parent.name]
-    parse(verb, verb_config(verb), ["--config", str(path)])
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert any(line.startswith(f"#   qscope {verb} --config configs/{path.relative_to(CONFIGS)}") for line in lines)
+    verb = VERB_OF.get(path.parent.name, path.parent.name)
+    file = re.escape(str(path.relative_to(CONFIGS)))
+    said = re.findall(rf"^#   qscope ({verb}(?: [a-z]+)?) --config configs/{file}", path.read_text("utf-8"), re.MULTILINE)
+    assert said
+    for command in said:
+        parse(command, verb_config(command), ["--config", str(path)])
 
 
 def test_a_shipped_yaml_keeps_its_values():
