@@ -113,7 +113,7 @@ def stream_rows(source: str | Path, *, split: str = "train", limit: int | None =
         raise InputError(f"limit is {limit}; expected 1 row or more")
     path = Path(source).expanduser()
     kind = path.suffix.lower()
-    if path.is_dir() or (path.exists() and kind not in _READERS):
+    if path.is_dir() or kind == ".txt" or (path.exists() and kind not in _READERS):
         raise SourceError(f"{source}: is no table; give a file of {', '.join(_READERS)} with named columns, or a hub dataset")
     if not path.exists() and kind in _READERS:
         raise SourceError(f"{source}: no such file")

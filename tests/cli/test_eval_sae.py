@@ -73,7 +73,7 @@ def test_the_page_of_a_run_s_saes_has_the_run_s_curves(qscope, pair, tmp_path):
         (["--batch-size", "0"], "batch_size is 0, expected 1 or more"),
         (["--limit", "-1"], "limit is -1, expected 1 or more"),
         (["--probe", "none.jsonl"], "none.jsonl: no such file"),
-        (["--probe", "none.txt"], "holds no labelled texts"),
+        (["--probe", "none.txt"], "is no table; give a file of"),
         (["--page", "/dev/null/page.html"], "cannot be written"),
     ],
 )

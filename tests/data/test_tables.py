@@ -1,5 +1,7 @@
 import json
 
+import datasets
+import huggingface_hub
 import pytest
 
 from qscope_jax.data.tables import load_table
@@ -32,8 +34,9 @@ def test_every_kind_of_file_gives_the_same_rows(table_file):
         table.column("nothing")
 
 
-def test_a_hub_dataset_is_read_from_an_offline_cache_or_named_when_it_is_not_there(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_hub_dataset_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match="no-such-owner/none: no such file or folder, and split test cannot be loaded from the hub"):
         load_table("no-such-owner/none", split="test")
 
