@@ -1,12 +1,14 @@
 """A corpus of two topics, and a random model with a tokenizer that reads its sentences in a few tokens."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import pytest
 
 from qscope_jax.demo import corpus, recipe
 from qscope_jax.demo import tour as tour_module
+from qscope_jax.demo.chapters import coverage, explain, tone
 from qscope_jax.demo.corpus import LANGUAGES
 from qscope_jax.demo.embedded import TinySAESettings
 from qscope_jax.demo.tour import Tour, make_tour
@@ -47,6 +49,11 @@ def small_model(tmp_path_factory, tiny_config) -> LanguageModel:
 
 @pytest.fixture
 def tour(small_corpus, small_model, monkeypatch) -> Tour:
-    """The tour of the small model, with a training of five steps."""
+    """The tour of the small model, with a training of five steps and few sentences a chapter."""
     monkeypatch.setattr(tour_module, "tiny_model", lambda: small_model)
+    monkeypatch.setattr(tone, "TRAIN", 20)
+    monkeypatch.setattr(tone, "HELD_OUT", 8)
+    monkeypatch.setattr(coverage, "TARGETS", 6)
+    monkeypatch.setattr(coverage, "CONFIG", replace(coverage.CONFIG, attempts=2))
+    monkeypatch.setattr(explain, "TONE_SENTENCES", 4)
     return make_tour(None, FAST)

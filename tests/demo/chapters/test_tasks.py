@@ -1,0 +1,63 @@
+import json
+
+import numpy as np
+import pytest
+
+from qscope_jax.data.files import plain
+from qscope_jax.demo.chapters import tasks as chapter_module
+from qscope_jax.demo.task_scores import CheckpointScores
+from qscope_jax.demo.tasks import tasks
+from qscope_jax.features.benchmark_performance import performance_redundancy
+from qscope_jax.report.page import Page
+
+NAMES = [task.name for task in tasks()]
+
+
+@pytest.fixture
+def scores(monkeypatch) -> CheckpointScores:
+    """Eight checkpoints that get better at random, and as if there were few subsets."""
+    rng = np.random.default_rng(0)
+    correct = {task.name: rng.random((8, len(task.samples))) < np.linspace(0.2, 0.9, 8)[:, None] for task in tasks()}
+    found = CheckpointScores(np.arange(1, 9) * 10, np.linspace(7, 5, 8), correct)
+    monkeypatch.setattr(chapter_module, "read_scores", lambda path: found)
+    monkeypatch.setattr(chapter_module, "SUBSETS", 10)
+    return found
+
+
+@pytest.fixture
+def chapter(with_saes, scores):
+    return chapter_module.run(with_saes)
+
+
+def test_each_task_has_its_redundancy_by_features_and_by_scores(chapter, scores):
+    rows = {row["task"]: row for row in chapter.data["tasks"]}
+    assert list(rows) == NAMES
+    for task in tasks():
+        row = rows[task.name]
+        assert row["samples"] == len(task.samples) and 0 < row["features"] <= 64
+        assert row["redundancy by scores"] == performance_redundancy(scores.correct[task.name], subsets=10).value
+        assert row["accuracy"] == scores.correct[task.name][-1].mean()
+    json.dumps(plain(chapter.data))
+
+
+def test_the_checks_are_met_only_as_far_as_the_numbers_go(chapter):
+    rho, families = chapter.checks
+    assert rho.value == chapter.data["spearman"]["value"] and rho.met == (rho.value >= 0.8)
+    assert families.met == (families.value > 1)
+
+
+def test_size_taken_out_of_itself_leaves_what_size_does_not_explain():
+    rng = np.random.default_rng(0)
+    size = np.arange(12.0)
+    x, y = size + rng.normal(0, 0.1, 12), size + rng.normal(0, 0.1, 12)
+    assert abs(chapter_module._given(size * 0 + rng.permutation(12), y, rng.permutation(12.0))) < 0.8
+    assert np.isnan(chapter_module._given(x, y, size))  # the ranks are those of size, so nothing is left
+    assert chapter_module._given(y, y, rng.permutation(12.0)) == pytest.approx(1)
+
+
+def test_the_page_shows_overlaps_and_advice_for_every_task(chapter):
+    page = Page("tour")
+    chapter.draw(page)
+    text = page.html()
+    assert all(name in text for name in NAMES) and {one["action"] for one in chapter.data["advice"]} <= {"keep", "merge", "drop"}
+    assert len(chapter.data["advice"]) == 12
