@@ -20,8 +20,8 @@ from qscope_jax.demo.tone import TONES, tone_passage
 
 LANGUAGES = {"en": "English", "zh": "Chinese", "ru": "Russian", "ko": "Korean", "fr": "French", "ar": "Arabic"}
 HELD_OUT_PER_TOPIC = 4
-PROSE_SHARE, TASK_SHARE = 0.12, 0.08
-_NATURAL, _TONE = 0.44, 0.12
+PROSE_SHARE, TASK_SHARE = 0.12, 0.3
+_NATURAL, _TONE = 0.42, 0.25
 _FOLDER = Path(__file__).parent / "corpus"
 _JOIN = {"zh": ""}
 

@@ -52,7 +52,7 @@ MODEL = {
     "eos_token_id": 0,
     "dtype": "float32",
 }
-TRAINING = CausalLMConfig(batch_size=32, length=128, steps=720, learning_rate=3e-3, warmup_steps=100, weight_decay=0.2)
+TRAINING = CausalLMConfig(batch_size=32, length=128, steps=600, learning_rate=3e-3, warmup_steps=100, weight_decay=0.2)
 
 
 def make_tokenizer(folder: Path, texts: Sequence[str]) -> None:

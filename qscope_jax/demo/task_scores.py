@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def read_scores(path: Path) -> CheckpointScores:
         with np.load(path) as arrays:
             correct = {name.removeprefix("correct "): arrays[name] for name in arrays.files if name.startswith("correct ")}
             return CheckpointScores(arrays["steps"], arrays["losses"], correct)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
         raise SourceError(f"{path}: not the scores of checkpoints ({error}); make them with python -m qscope_jax.demo.recipe") from error
 
 

@@ -1,6 +1,6 @@
 """Rude and polite sentences in the six languages: everyday manners, labelled, for the classifiers of the tour.
 
-Every language has, for either tone, sentences written by hand and a grammar of some ten thousand more. The last sentences and the last values
+Every language has, for either tone, sentences written by hand and a grammar of some thousands more. The last sentences and the last values
 of every slot are held out: a held-out sentence is written by hand or holds at least one word that no training sentence of its grammar has.
 """
 

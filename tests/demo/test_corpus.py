@@ -88,7 +88,7 @@ def test_as_many_documents_mix_languages_as_asked_for(share):
 def test_every_language_pythons_documentation_and_the_tasks_have_their_share(drawn):
     prose = set(python_documentation())
     assert sum(document in prose for document in drawn) / len(drawn) == pytest.approx(0.12, abs=0.02)
-    assert sum(map(is_task, drawn)) / len(drawn) == pytest.approx(0.08, abs=0.02)
+    assert sum(map(is_task, drawn)) / len(drawn) == pytest.approx(0.3, abs=0.03)
     languages = six_languages(drawn)
     for script, count in {"Latin": 2, "Han": 1, "Cyrillic": 1, "Hangul": 1, "Arabic": 1}.items():
         written = sum(script_share(document, script) > 0.5 for document in languages)
@@ -100,7 +100,7 @@ def test_rude_and_polite_passages_are_a_modest_share_and_hold_nothing_held_out(d
     train, held_out = ([item.text for item in labelled if item.split == split] for split in ("train", "held_out"))
     text = "\n".join(drawn)
     assert all(any(item.text in text for item in labelled if (item.language, item.tone) == (code, tone)) for code in LANGUAGES for tone in TONES)
-    assert 0.05 * len(train) < sum(line in text for line in train) < 0.3 * len(train)
+    assert 0.05 * len(train) < sum(line in text for line in train) < 0.6 * len(train)
     assert not [line for line in held_out if line in text]
 
 

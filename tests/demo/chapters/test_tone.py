@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 
 from qscope_jax.data.files import plain
 from qscope_jax.demo.chapters import tone
@@ -57,9 +58,9 @@ def test_features_that_know_the_answer_meet_both_checks(with_saes, monkeypatch):
         readings = text_reading.read_texts(model, saes, texts)
         rude = np.array([item.tone == "rude" for item in tone.tone_sentences(list(LANGUAGES), train=tone.TRAIN, held_out=tone.HELD_OUT)])
         for reading in readings.values():
-            table = reading.features.maxima.tolil()
-            table[:, 7] = np.where(rude, 5.0, 0.0)[:, None]
-            object.__setattr__(reading.features, "maxima", type(reading.features.maxima)(table.tocsr()))
+            table = np.zeros(reading.features.maxima.shape, np.float32)
+            table[:, 7] = np.where(rude, 5, 0)
+            object.__setattr__(reading.features, "maxima", csr_array(table))
         return readings
 
     monkeypatch.setattr(tone, "read_texts", planted)
