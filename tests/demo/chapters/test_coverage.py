@@ -8,10 +8,8 @@ from qscope_jax.demo.corpus import LANGUAGES, sentences
 from qscope_jax.report.page import Page
 
 
-@pytest.fixture
-def chapter(with_saes, monkeypatch):
-    # Of a random dictionary any feature will do.
-    monkeypatch.setattr(coverage, "HIGHEST_RATE", 1.0)
+@pytest.fixture(scope="module")
+def chapter(with_saes):
     return coverage.run(with_saes)
 
 

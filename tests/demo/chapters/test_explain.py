@@ -9,7 +9,7 @@ from qscope_jax.features.languages import Detector
 from qscope_jax.report.page import Page
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chapter(with_saes):
     with_saes.detectors = {code: Detector(code, i % 2, 3 + i, 0.0, 1.0) for i, code in enumerate(LANGUAGES)}
     with_saes.named = {"rude": (1, 20)}

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,18 +14,19 @@ from qscope_jax.report.page import Page
 NAMES = [task.name for task in tasks()]
 
 
-@pytest.fixture
-def scores(monkeypatch) -> CheckpointScores:
-    """Eight checkpoints that get better at random, and as if there were few subsets."""
+@pytest.fixture(scope="module")
+def scores() -> Iterator[CheckpointScores]:
+    """Eight checkpoints that get better at random, in place of the embedded model's; few subsets."""
     rng = np.random.default_rng(0)
     correct = {task.name: rng.random((8, len(task.samples))) < np.linspace(0.2, 0.9, 8)[:, None] for task in tasks()}
     found = CheckpointScores(np.arange(1, 9) * 10, np.linspace(7, 5, 8), correct)
-    monkeypatch.setattr(chapter_module, "read_scores", lambda path: found)
-    monkeypatch.setattr(chapter_module, "SUBSETS", 10)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapter_module, "read_scores", lambda path: found)
+        patch.setattr(chapter_module, "SUBSETS", 10)
+        yield found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chapter(with_saes, scores):
     return chapter_module.run(with_saes)
 

@@ -11,7 +11,7 @@ from qscope_jax.features import text_reading
 from qscope_jax.report.page import Page
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chapter(with_saes):
     return tone.run(with_saes)
 
