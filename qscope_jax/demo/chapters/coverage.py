@@ -13,17 +13,18 @@ from qscope_jax.features.synthesis import SynthesisConfig, synthesize
 from qscope_jax.features.synthesis_baselines import natural_sampling, random_synthesis, synthesis_curve
 from qscope_jax.features.targets import Target, alive_targets
 from qscope_jax.features.text_features import TextFeatures
-from qscope_jax.features.text_reading import read_texts
+from qscope_jax.features.text_reading import ReadingConfig, read_texts
 from qscope_jax.report.figures import curves
 from qscope_jax.report.page import Page
 
 TITLE = "Find what a data set misses, and write it"
-TARGETS, SEED_TEXTS = 128, 24
+TARGETS, SEED_TEXTS = 100, 24
 # Every text fires most of a dictionary this small a little, so that a target counts as fired from half its largest activation on. What more
 # than a twentieth of natural sentences fire would be covered by any few texts.
 STRENGTH, LEAST_TEXTS, HIGHEST_RATE = 0.5, 3, 0.05
 CONFIG = SynthesisConfig(attempts=24, at_once=64)
-_DOSES, _CONTEXTS = (0.5, 0.25, 1.0), 8
+_READING = ReadingConfig(batch_size=64)
+_DOSES, _CONTEXTS, _TOKENS = (0.5, 0.25, 1.0), 8, 16
 _EVERY = 4
 
 
@@ -32,7 +33,7 @@ def run(tour: Tour) -> Chapter:
     sae = tour.saes[len(tour.saes) // 2]
 
     def read(texts: Sequence[str]) -> Mapping[int, TextFeatures]:
-        return {layer: reading.features for layer, reading in read_texts(tour.model, [sae], texts).items()}
+        return {layer: reading.features for layer, reading in read_texts(tour.model, [sae], texts, _READING).items()}
 
     pool = [line for code in LANGUAGES for line in sentences(code)[::_EVERY]]
     tables = read(pool)
@@ -48,6 +49,7 @@ def run(tour: Tour) -> Chapter:
         _beginnings(),
         contexts=_contexts(targets, pool, tables[sae.layer]),
         doses=_DOSES,
+        max_tokens=_TOKENS,
         batch_size=CONFIG.at_once,
     )
     made = synthesize(targets, writer, read, CONFIG)

@@ -7,6 +7,7 @@ from scipy.sparse import csr_array
 from qscope_jax.data.files import plain
 from qscope_jax.demo.chapters import tone
 from qscope_jax.demo.corpus import LANGUAGES
+from qscope_jax.demo.tone import tone_sentences
 from qscope_jax.features import text_reading
 from qscope_jax.report.page import Page
 
@@ -54,9 +55,11 @@ def test_held_out_sentences_choose_nothing(with_saes, chapter, monkeypatch):
 
 
 def test_features_that_know_the_answer_meet_both_checks(with_saes, monkeypatch):
-    def planted(model, saes, texts):
-        readings = text_reading.read_texts(model, saes, texts)
-        rude = np.array([item.tone == "rude" for item in tone.tone_sentences(list(LANGUAGES), train=tone.TRAIN, held_out=tone.HELD_OUT)])
+    known = {item.text: item.tone == "rude" for item in tone_sentences(list(LANGUAGES), train=tone.TRAIN, held_out=tone.HELD_OUT)}
+
+    def planted(model, saes, texts, config):
+        readings = text_reading.read_texts(model, saes, texts, config)
+        rude = np.array([known[text] for text in texts])
         for reading in readings.values():
             table = np.zeros(reading.features.maxima.shape, np.float32)
             table[:, 7] = np.where(rude, 5, 0)
