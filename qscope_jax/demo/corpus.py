@@ -1,20 +1,27 @@
 """The corpus of the embedded model: six languages, written for this project, beside Python's own documentation.
 
 Every language has a file of natural sentences under twenty topics, and a grammar that expands to tens of thousands more. The last
-sentences of each topic are held out: neither the model nor the SAEs nor any choice of a feature sees them.
+sentences of each topic are held out: neither the model nor the SAEs nor any choice of a feature sees them. Rude and polite passages
+(`tone.py`) are a modest share of every language's, and solved tasks (`tasks.py`) of all documents.
 """
 
 import pydoc_data.topics
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
 
+from qscope_jax.demo.grammar import expand
+from qscope_jax.demo.tasks import task_document
+from qscope_jax.demo.tone import TONES, tone_passage
+
 LANGUAGES = {"en": "English", "zh": "Chinese", "ru": "Russian", "ko": "Korean", "fr": "French", "ar": "Arabic"}
 HELD_OUT_PER_TOPIC = 4
+PROSE_SHARE, TASK_SHARE = 0.12, 0.3
+_NATURAL, _TONE = 0.42, 0.25
 _FOLDER = Path(__file__).parent / "corpus"
 _JOIN = {"zh": ""}
 
@@ -63,7 +70,7 @@ def python_documentation() -> tuple[str, ...]:
 def grammar_sentence(language: str, rng: random.Random) -> str:
     """One random expansion of the language's grammar."""
     slots, templates = _grammar(language)
-    return rng.choice(templates).format_map(_Draw(slots, rng))
+    return expand(rng.choice(templates), slots, rng)
 
 
 def documents(count: int, seed: int = 0, *, mixed_share: float = 0.04) -> list[str]:
@@ -72,7 +79,8 @@ def documents(count: int, seed: int = 0, *, mixed_share: float = 0.04) -> list[s
     Args:
         count: How many.
         seed: Of every choice.
-        mixed_share: Share of the documents that are not Python's which mix two languages, so that a change of language is possible but rare.
+        mixed_share: Share of the documents in the six languages (neither Python's nor tasks) which mix two of them, so that a change of
+            language is possible but rare.
     """
     return list(_documents(count, random.Random(seed), mixed_share))
 
@@ -88,34 +96,42 @@ def _documents(count: int, rng: random.Random, mixed_share: float) -> Iterator[s
     codes = list(LANGUAGES)
     prose = python_documentation()
     for _ in range(count):
-        if rng.random() < 0.12:
+        kind = rng.random()
+        if kind < PROSE_SHARE:
             yield rng.choice(prose)
+        elif kind < PROSE_SHARE + TASK_SHARE:
+            yield task_document(rng)
         elif rng.random() < mixed_share:
             first, second = rng.sample(codes, 2)
-            yield " ".join(_passage(language, rng, rng.randint(1, 3)) for language in rng.choice([(first, second), (first, second, first)]))
+            draw = _passages(rng)
+            yield " ".join(draw(language, rng.randint(1, 3)) for language in rng.choice([(first, second), (first, second, first)]))
         else:
-            yield _passage(rng.choice(codes), rng, rng.randint(2, 6))
+            yield _passages(rng)(rng.choice(codes), rng.randint(2, 6))
 
 
-def _passage(language: str, rng: random.Random, length: int) -> str:
-    """Consecutive natural sentences of a topic, or expansions of the grammar."""
-    if rng.random() < 0.4:
-        lines = rng.choice(topics(language)).train
-        start = rng.randrange(max(len(lines) - length, 0) + 1)
-        chosen = list(lines[start : start + length])
+def _passages(rng: random.Random) -> Callable[[str, int], str]:
+    """A kind of passage, to be drawn in any language: natural sentences of a topic, one tone, or the grammar."""
+    kind = rng.random()
+    if kind < _NATURAL:
+        write = partial(_consecutive, rng)
+    elif kind < _NATURAL + _TONE:
+        tone = rng.choice(TONES)
+
+        def write(language: str, length: int) -> list[str]:
+            return tone_passage(language, tone, rng, length)
+
     else:
-        chosen = [grammar_sentence(language, rng) for _ in range(length)]
-    return _JOIN.get(language, " ").join(chosen)
+
+        def write(language: str, length: int) -> list[str]:
+            return [grammar_sentence(language, rng) for _ in range(length)]
+
+    return lambda language, length: _JOIN.get(language, " ").join(write(language, length))
 
 
-class _Draw(dict[str, str]):
-    """Mapping that draws a fresh value for every slot of a template."""
-
-    def __init__(self, slots: dict[str, list[str]], rng: random.Random):
-        self._slots, self._rng = slots, rng
-
-    def __missing__(self, name: str) -> str:
-        return self._rng.choice(self._slots[name])
+def _consecutive(rng: random.Random, language: str, length: int) -> list[str]:
+    lines = rng.choice(topics(language)).train
+    start = rng.randrange(max(len(lines) - length, 0) + 1)
+    return list(lines[start : start + length])
 
 
 @cache

@@ -2,33 +2,40 @@
 
     python -m qscope_jax.demo.recipe --out qscope_jax/demo/tiny
 
-A byte-level BPE of 3,072 tokens and a Qwen3 of 1.6 million parameters, written as a Hugging Face folder in bfloat16 (3.4 MB). The file
-`recipe.json` beside the weights records the settings, the held-out loss, the machine and the versions of the run that made them.
+A byte-level BPE of 3,072 tokens and a Qwen3 of 1.6 million parameters, written as a Hugging Face folder in bfloat16 (3.4 MB). Beside the
+weights, `recipe.json` records the settings, the held-out loss, the machine and the versions of the run that made them, and
+`checkpoint_scores.npz` which samples of the twelve tasks each of its checkpoints answered rightly.
 """
 
 import argparse
 import json
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qscope_jax.data.files import write_json
 from qscope_jax.data.hub import open_source
 from qscope_jax.demo.corpus import LANGUAGES, documents, python_documentation, sentences
+from qscope_jax.demo.task_scores import CheckpointScores, answered, write_scores
+from qscope_jax.demo.tasks import tasks
 from qscope_jax.errors import QscopeError
 from qscope_jax.models.config import ModelConfig
 from qscope_jax.models.weights import save_decoder
-from qscope_jax.training.causal_lm import CausalLM, CausalLMConfig
+from qscope_jax.training.causal_lm import CausalLM, CausalLMConfig, CausalLMState
 from qscope_jax.training.loop import LoopConfig, train
 
 END = "<|endoftext|>"
 VOCABULARY = 3072
 DOCUMENTS = 60_000
+CHECKPOINTS = 24
+SCORES = "checkpoint_scores.npz"
 MODEL = {
     "model_type": "qwen3",
     "vocab_size": VOCABULARY,
@@ -45,7 +52,7 @@ MODEL = {
     "eos_token_id": 0,
     "dtype": "float32",
 }
-TRAINING = CausalLMConfig(batch_size=32, length=128, steps=700, learning_rate=3e-3, warmup_steps=100, weight_decay=0.2)
+TRAINING = CausalLMConfig(batch_size=32, length=128, steps=600, learning_rate=3e-3, warmup_steps=100, weight_decay=0.2)
 
 
 def make_tokenizer(folder: Path, texts: Sequence[str]) -> None:
@@ -81,16 +88,49 @@ def make_model(out: Path, config: CausalLMConfig = TRAINING, run_dir: str = "") 
             return [*tokenizer.encode(text).ids, 0]
 
         model = ModelConfig.from_hf(MODEL)
-        recipe = CausalLM(model, config, texts, tokenize, held_out=[tokenize(text) for text in held_out])
-        state = train(recipe, LoopConfig(steps=config.steps, run_dir=run_dir, log_every=50, eval_every=200, checkpoint_every=200 if run_dir else 0))
-        metrics = dict(recipe.evaluate(state))
+        recipe = ScoredLM(model, config, texts, tokenize, held_out=[tokenize(text) for text in held_out])
+        every = max(config.steps // CHECKPOINTS, 1)
+        state = train(recipe, LoopConfig(steps=config.steps, run_dir=run_dir, log_every=50, eval_every=every))
+        metrics = recipe.history[-1]
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.decoder)
         half.config = replace(model, dtype="bfloat16")
         save_decoder(half, out, carry_from=open_source(scratch))
     record = {"training": asdict(config), "documents": DOCUMENTS, "metrics": metrics, "backend": jax.devices()[0].device_kind,
               "jax": jax.__version__, "python": platform.python_version()}  # fmt: skip
     write_json(out / "recipe.json", record)
+    write_scores(out / SCORES, recipe.scores(every))
     return metrics
+
+
+class ScoredLM(CausalLM):
+    """The recipe, which at every evaluation also notes what the model does on the tasks.
+
+    Attributes:
+        history: Metrics of each evaluation: the held-out loss, and the accuracy on each task.
+        answers: For each task, which samples each evaluation found answered rightly.
+    """
+
+    def __init__(self, *args: Any, **settings: Any):
+        """As `CausalLM`."""
+        super().__init__(*args, **settings)
+        self.history: list[dict[str, float]] = []
+        self.answers: dict[str, list[np.ndarray]] = {task.name: [] for task in tasks()}
+
+    def evaluate(self, state: CausalLMState) -> Mapping[str, float]:
+        """Held-out loss in nats a token, and the accuracy on each task."""
+        metrics = dict(super().evaluate(state))
+        for task in tasks():
+            right = answered(state.decoder, lambda text: self.tokenize(text)[:-1], task)
+            self.answers[task.name].append(right)
+            metrics[f"accuracy {task.name}"] = float(right.mean())
+        self.history.append(metrics)
+        return metrics
+
+    def scores(self, every: int) -> CheckpointScores:
+        """All evaluations of a run that evaluated after so many steps each, and at its end."""
+        steps = np.minimum(np.arange(1, len(self.history) + 1) * every, self.config.steps)
+        losses = np.array([metrics["held_out_loss"] for metrics in self.history])
+        return CheckpointScores(steps, losses, {name: np.stack(rows) for name, rows in self.answers.items()})
 
 
 def main() -> None:

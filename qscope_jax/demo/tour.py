@@ -62,6 +62,7 @@ class Tour:
     readouts: dict[str, dict[int, Readout]] = field(default_factory=dict)
     held_out_readouts: dict[str, dict[int, Readout]] = field(default_factory=dict)
     detectors: dict[str, Any] = field(default_factory=dict)
+    named: dict[str, tuple[int, int]] = field(default_factory=dict)
     own_text: bool = False
 
 

@@ -1,10 +1,14 @@
 """A corpus of two topics, and a random model with a tokenizer that reads its sentences in a few tokens."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
 import jax
 import pytest
 
 from qscope_jax.demo import corpus, recipe
 from qscope_jax.demo import tour as tour_module
+from qscope_jax.demo.chapters import coverage, explain, tone
 from qscope_jax.demo.corpus import LANGUAGES
 from qscope_jax.demo.embedded import TinySAESettings
 from qscope_jax.demo.tour import Tour, make_tour
@@ -17,8 +21,7 @@ FAST = TinySAESettings(num_features=64, k=4, steps=5, batch_tokens=64)
 @pytest.fixture
 def small_corpus(monkeypatch) -> None:
     """The first two topics of each language stand for all twenty."""
-    every = corpus.topics
-    monkeypatch.setattr(corpus, "topics", lambda language: every(language)[:2])
+    _two_topics(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +38,31 @@ def small_model(tmp_path_factory, tiny_config) -> LanguageModel:
     return LanguageModel(jax.jit(lambda key: Decoder(config, key))(jax.random.key(0)), tokenizer=AutoTokenizer.from_pretrained(folder))
 
 
+@pytest.fixture(scope="session")
+def shrink(small_model) -> Callable[[pytest.MonkeyPatch], Tour]:
+    """Makes the tour of the small model, with a training of five steps and few sentences a chapter, for as long as the patch lasts."""
+
+    def make(patch: pytest.MonkeyPatch) -> Tour:
+        _two_topics(patch)
+        patch.setattr(tour_module, "tiny_model", lambda: small_model)
+        patch.setattr(tone, "TRAIN", 20)
+        patch.setattr(tone, "HELD_OUT", 8)
+        patch.setattr(coverage, "TARGETS", 6)
+        # Of a random dictionary any feature will do.
+        patch.setattr(coverage, "HIGHEST_RATE", 1.0)
+        patch.setattr(coverage, "CONFIG", replace(coverage.CONFIG, attempts=2))
+        patch.setattr(explain, "TONE_SENTENCES", 4)
+        return make_tour(None, FAST)
+
+    return make
+
+
 @pytest.fixture
-def tour(small_corpus, small_model, monkeypatch) -> Tour:
-    """The tour of the small model, with a training of five steps."""
-    monkeypatch.setattr(tour_module, "tiny_model", lambda: small_model)
-    return make_tour(None, FAST)
+def tour(shrink, monkeypatch) -> Tour:
+    """The tour of the small model."""
+    return shrink(monkeypatch)
+
+
+def _two_topics(patch: pytest.MonkeyPatch) -> None:
+    every = corpus.topics
+    patch.setattr(corpus, "topics", lambda language: every(language)[:2])

@@ -6,6 +6,7 @@ import yaml
 
 from qscope_jax.demo import corpus
 from qscope_jax.demo.corpus import LANGUAGES, documents, mixed_prompts, python_documentation, sentences, topics
+from qscope_jax.demo.tone import TONES, tone_sentences
 from qscope_jax.features.scripts import SCRIPTS, script_share
 
 SCRIPT = {"en": "Latin", "fr": "Latin", "zh": "Han", "ru": "Cyrillic", "ko": "Hangul", "ar": "Arabic"}
@@ -58,6 +59,17 @@ def test_templates_use_the_slots_that_there_are_and_all_of_them(language):
     assert len(set(templates)) == len(templates)
 
 
+def is_task(document: str) -> bool:
+    """Solved samples stand on lines of their own; no other document has two lines."""
+    return "\n" in document
+
+
+def six_languages(drawn: list[str]) -> list[str]:
+    """Documents in the six languages: neither Python's nor tasks."""
+    prose = set(python_documentation())
+    return [document for document in drawn if document not in prose and not is_task(document)]
+
+
 def test_documents_follow_from_the_seed(drawn):
     assert documents(50, seed=1) == drawn[:50]
     assert documents(50, seed=2) != drawn[:50]
@@ -67,19 +79,29 @@ def test_documents_follow_from_the_seed(drawn):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_as_many_documents_mix_languages_as_asked_for(share):
-    prose = set(python_documentation())
-    drawn = [document for document in documents(1500, seed=2, mixed_share=share) if document not in prose]
+    drawn = six_languages(documents(1500, seed=2, mixed_share=share))
     mixed = sum(sum(script_share(document, script) > 0.02 for script in SCRIPTS) > 1 for document in drawn)
     # One pair of languages in fifteen shares a script.
     assert mixed / len(drawn) == pytest.approx(share * 14 / 15, abs=0.03)
 
 
-def test_every_language_and_pythons_documentation_have_their_share(drawn):
+def test_every_language_pythons_documentation_and_the_tasks_have_their_share(drawn):
     prose = set(python_documentation())
     assert sum(document in prose for document in drawn) / len(drawn) == pytest.approx(0.12, abs=0.02)
+    assert sum(map(is_task, drawn)) / len(drawn) == pytest.approx(0.3, abs=0.03)
+    languages = six_languages(drawn)
     for script, count in {"Latin": 2, "Han": 1, "Cyrillic": 1, "Hangul": 1, "Arabic": 1}.items():
-        written = sum(script_share(document, script) > 0.5 for document in drawn if document not in prose)
-        assert written / (0.88 * len(drawn)) == pytest.approx(count / 6, abs=0.04)
+        written = sum(script_share(document, script) > 0.5 for document in languages)
+        assert written / len(languages) == pytest.approx(count / 6, abs=0.04)
+
+
+def test_rude_and_polite_passages_are_a_modest_share_and_hold_nothing_held_out(drawn):
+    labelled = tone_sentences(list(LANGUAGES))
+    train, held_out = ([item.text for item in labelled if item.split == split] for split in ("train", "held_out"))
+    text = "\n".join(drawn)
+    assert all(any(item.text in text for item in labelled if (item.language, item.tone) == (code, tone)) for code in LANGUAGES for tone in TONES)
+    assert 0.05 * len(train) < sum(line in text for line in train) < 0.6 * len(train)
+    assert not [line for line in held_out if line in text]
 
 
 def test_pythons_documentation_is_prose():

@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
 
 from qscope_jax.demo import recipe
 from qscope_jax.demo.corpus import LANGUAGES, sentences
+from qscope_jax.demo.task_scores import read_scores
+from qscope_jax.demo.tasks import tasks
 from qscope_jax.models.language_model import load_model
 from qscope_jax.training.causal_lm import CausalLMConfig
 
@@ -17,6 +20,7 @@ def small(small_corpus, monkeypatch) -> CausalLMConfig:
     monkeypatch.setattr(recipe, "MODEL", recipe.MODEL | SMALL)
     monkeypatch.setattr(recipe, "VOCABULARY", 600)
     monkeypatch.setattr(recipe, "DOCUMENTS", 200)
+    monkeypatch.setattr(recipe, "tasks", lambda: tasks()[-1:])
     return CausalLMConfig(batch_size=4, length=32, steps=2, warmup_steps=1)
 
 
@@ -32,6 +36,16 @@ def test_a_short_run_writes_a_folder_that_loads(small, tmp_path):
     assert record["training"]["steps"] == 2 and record["documents"] == 200 and record["metrics"] == metrics
     # Untrained, every token is about as likely as any other: log 600.
     assert 5 < metrics["held_out_loss"] < 9
+
+
+def test_every_checkpoint_answers_the_tasks(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "CHECKPOINTS", 2)
+    metrics = recipe.make_model(tmp_path / "tiny", replace(small, steps=5))
+    scores = read_scores(tmp_path / "tiny" / recipe.SCORES)
+    # After every second step, and at the end.
+    assert scores.steps.tolist() == [2, 4, 5] and list(scores.correct) == ["facts"]
+    assert scores.correct["facts"].shape == (3, 23) and scores.correct["facts"].dtype == bool
+    assert metrics["accuracy facts"] == scores.correct["facts"][-1].mean() and metrics["held_out_loss"] == scores.losses[-1]
 
 
 def test_the_tokenizer_gives_back_every_text_and_begins_none_with_a_special_token(small_model):
