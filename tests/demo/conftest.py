@@ -1,6 +1,6 @@
 """A corpus of two topics, and a random model with a tokenizer that reads its sentences in a few tokens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax

@@ -105,4 +105,4 @@ def _contexts(targets: Sequence[Target], pool: Sequence[str], features: TextFeat
     """For each target the sentences of the pool in which it is strongest."""
     maxima_BT = features.maxima[:, [target.feature for target in targets]].toarray()
     order = np.argsort(-maxima_BT, axis=0, kind="stable")[:_CONTEXTS]
-    return {target.key: [pool[row] for row in order[:, place]] for place, target in enumerate(targets)}
+    return {target.key: [pool[int(row)] for row in order[:, place]] for place, target in enumerate(targets)}

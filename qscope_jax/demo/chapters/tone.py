@@ -94,7 +94,7 @@ def _scores(
         bag_of_words(texts, truth, *split),
     ]
     found |= {one.name: one.scores(truth[halves.evaluation], samples=_SAMPLES) for one in baselines}
-    return [(name, *one.f1, one.precision.value, one.recall.value, one.auc.value) for name, one in found.items()]
+    return [(name, one.f1.value, one.f1.low, one.f1.high, one.precision.value, one.recall.value, one.auc.value) for name, one in found.items()]
 
 
 def _with_less(tables: Tables, halves: LabelledHalves) -> dict[float, list[float]]:
