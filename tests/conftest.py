@@ -38,7 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Modules that take longest by themselves: they begin first, so that no core waits for them at the end.
-_FIRST = ("test_sae_processes", "test_families", "test_orbax_folder", "test_tour", "test_sae_step", "test_two_processes", "test_killed")
+_FIRST = (
+    "test_families", "test_sae_processes", "test_sae_step", "test_side_by_side", "test_tour", "test_orbax_folder", "test_two_processes",
+    "test_killed",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
