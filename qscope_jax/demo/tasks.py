@@ -2,11 +2,12 @@
 
 Tasks of a family share their material and their frame (the same numbers and `=`, the same letters and `:`, the same words and `->`, the same
 verbs and subjects), so that they overlap by construction; families share nothing. How redundant a benchmark is should follow from how many
-samples it has and how much they vary. Both were fixed before anything was correlated: the sizes are a geometric ladder from 10 to 200, dealt
-out so that every family of three has a large, a middle and a small task, and the larger a task the less material it has for its size (few
-numbers, letters or nouns), as benchmarks made from templates are. The material is as little as a model of this size can learn most of in its
-few hundred steps. No prompt begins with what it asks about, since a model's first token is no guide to meaning. Solved samples of the same
-rules are in the training documents: these benchmarks ask what was learnt, not how far it carries.
+samples it has and how much they vary. The sizes were fixed before anything was correlated: a geometric ladder from 10 to 200, dealt out so that
+every family of three has a large, a middle and a small task. The material was made less, once, after a first model had left most tasks at chance
+(and its correlation, -0.15, had been seen): it is as little as a model of this size can learn most of in its few hundred steps, and the larger a
+task the less it has for its size, as benchmarks made from templates do. No prompt begins with what it asks about, since a model's first
+token is no guide to meaning. Solved samples of the same rules are in the training documents: these benchmarks ask what was learnt, not how
+far it carries.
 """
 
 import random
