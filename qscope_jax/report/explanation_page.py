@@ -43,9 +43,10 @@ def write_explanation_page(
     return page.write(path)
 
 
-def add_card(page: Page, card: FeatureCard, token_text: TokenText) -> Page:
-    """Add the sections of one feature to a page."""
-    page.heading(f"Layer {card.layer}, feature {card.feature}" + (f": {card.explanation}" if card.explanation else ""))
+def add_card(page: Page, card: FeatureCard, token_text: TokenText, *, known_as: str = "", level: int = 2) -> Page:
+    """Add the sections of one feature to a page, under a heading of a level that says what the feature is known as, if anything."""
+    said = known_as or card.explanation
+    page.heading(f"Layer {card.layer}, feature {card.feature}" + (f": {said}" if said else ""), level)
     page.text(facts_line(card))
     if not card.maximum:
         return page

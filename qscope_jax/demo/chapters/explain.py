@@ -51,8 +51,7 @@ def run(tour: Tour) -> Chapter:
 
     def draw(page: Page) -> None:
         for name, card in cards.items():
-            page.text(f"The feature for {name}:")
-            add_card(page, card, token_text)
+            add_card(page, card, token_text, known_as=name, level=3)
 
     data = {
         "sentences": len(rows),

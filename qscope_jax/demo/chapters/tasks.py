@@ -48,9 +48,9 @@ def run(tour: Tour) -> Chapter:
     ]
     summary = (
         f"Twelve tasks in five families, {int(sizes.sum())} samples in all. R-hat, from the last tokens' features at layer {sae.layer} alone, "
-        f"orders them as redundancy by the scores of {len(scores.steps)} checkpoints does: Spearman {rho.value:.2f} (95 % interval {rho.low:.2f} to "
-        f"{rho.high:.2f}). Both grow with the number of samples, which by itself gives {spearman(sizes, by_scores):.2f}; with size taken out of "
-        f"both ranks, {beside_size:.2f} is left. Tasks of a family share {inside:.0%} of the smaller footprint in the mean, others {across:.0%}; "
+        f"is to order them as redundancy by the scores of {len(scores.steps)} checkpoints does: Spearman {rho.value:.2f} (95 % interval "
+        f"{rho.low:.2f} to {rho.high:.2f}). The number of samples by itself gives {spearman(sizes, by_scores):.2f}; with size taken out of both "
+        f"ranks, {beside_size:.2f} is left. Tasks of a family share {inside:.0%} of the smaller footprint in the mean, others {across:.0%}; "
         f"over pairs, overlap and similarity of scores correlate at {pairs.value:.2f} ({pairs.low:.2f} to {pairs.high:.2f}). Advice: keep "
         f"{len(suite.names('keep'))}, merge {len(suite.names('merge'))}, drop {len(suite.names('drop'))}."
     )
