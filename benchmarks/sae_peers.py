@@ -17,7 +17,11 @@ DEAD_AFTER = 10_000_000
 
 
 class Sparsify:
-    """EleutherAI sparsify's SparseCoder; AuxK weighs 0 by default there, so `aux` gives it 1/32."""
+    """EleutherAI sparsify's SparseCoder; AuxK weighs 0 by default there, so `aux` gives it 1/32.
+
+    `optimizer` is "signum", its trainer's default (sign-SGD inside `schedulefree.ScheduleFreeWrapper`, momentum 0.95), "sign_sgd", the same without the
+    wrapper and so without moments, or "adam".
+    """
 
     def __init__(self, width: int, features: int, k: int, rate: float, optimizer: str, *, aux: bool = False, dead_after: int = DEAD_AFTER):
         import torch
@@ -113,7 +117,13 @@ def _optimizer(parameters: Any, rate: float, name: str) -> Any:
         return torch.optim.Adam(parameters, lr=rate)
     from sparsify.sign_sgd import SignSGD
 
-    return SignSGD(parameters, lr=rate)
+    if name == "sign_sgd":
+        return SignSGD(parameters, lr=rate)
+    from schedulefree import ScheduleFreeWrapper
+
+    wrapped = ScheduleFreeWrapper(SignSGD(parameters, lr=rate), momentum=0.95)
+    wrapped.train()
+    return wrapped
 
 
 def _dense(values: np.ndarray, indices: np.ndarray, features: int) -> np.ndarray:
