@@ -15,9 +15,9 @@ import numpy as np
 
 from benchmarks.shapes import both_sides
 from benchmarks.timing import header, paired
-from qscope_jax.features.classification import FeatureRule, Term
-from qscope_jax.features.feature_classifier import EncoderRows, FiringFeatures, classify_batch
-from qscope_jax.features.text_reading import ReadingConfig
+from qscope_jax.features.classify.classification import FeatureRule, Term
+from qscope_jax.features.classify.feature_classifier import EncoderRows, FiringFeatures, classify_batch
+from qscope_jax.features.classify.text_reading import ReadingConfig
 from qscope_jax.models.language_model import forward
 from qscope_jax.sae.autoencoder import SparseAutoencoder
 

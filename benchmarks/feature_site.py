@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from qscope_jax.features.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
+from qscope_jax.features.explain.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
 from qscope_jax.report.feature_site import write_site
 
 _WORDS = (

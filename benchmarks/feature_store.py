@@ -26,9 +26,9 @@ from benchmarks.timing import header, paired, report
 from qscope_jax.data.packing import pack_texts
 from qscope_jax.demo.corpus import documents
 from qscope_jax.demo.embedded import tiny_model, tiny_saes
-from qscope_jax.features.feature_store import read_store
 from qscope_jax.features.readout import read_codes
-from qscope_jax.features.store_writer import StoreConfig, write_store
+from qscope_jax.features.store.feature_store import read_store
+from qscope_jax.features.store.store_writer import StoreConfig, write_store
 from qscope_jax.models.language_model import forward
 from qscope_jax.sae.layer_sae import SAECollection
 

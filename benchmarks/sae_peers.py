@@ -19,8 +19,8 @@ DEAD_AFTER = 10_000_000
 class Sparsify:
     """EleutherAI sparsify's SparseCoder; AuxK weighs 0 by default there, so `aux` gives it 1/32.
 
-    `optimizer` is "signum", its trainer's default (sign-SGD inside `schedulefree.ScheduleFreeWrapper`, momentum 0.95), "sign_sgd", the same without the
-    wrapper and so without moments, or "adam".
+    `optimizer` is "signum", its trainer's default (sign-SGD inside `schedulefree.ScheduleFreeWrapper`, momentum 0.95),
+    "sign_sgd", the same without the wrapper and so without moments, or "adam".
     """
 
     def __init__(self, width: int, features: int, k: int, rate: float, optimizer: str, *, aux: bool = False, dead_after: int = DEAD_AFTER):

@@ -36,16 +36,16 @@ _HOMES = {
         "steer",
     ),
     "qscope_jax.features.text_features": ("TextFeatures", "text_features"),
-    "qscope_jax.features.feature_store": ("FeatureStore", "read_store"),
-    "qscope_jax.features.store_writer": ("StoreConfig", "write_store"),
-    "qscope_jax.features.explanation": ("explain_features",),
-    "qscope_jax.features.fit_classifier": ("fit_classifier",),
-    "qscope_jax.features.feature_classifier": ("FeatureClassifier", "load_classifier"),
-    "qscope_jax.features.benchmark_comparison": ("compare_benchmarks",),
-    "qscope_jax.features.coverage": ("coverage",),
-    "qscope_jax.features.synthesis": ("synthesize",),
-    "qscope_jax.features.endpoint": ("EndpointGenerator",),
-    "qscope_jax.features.local_generator": ("LocalGenerator",),
+    "qscope_jax.features.store.feature_store": ("FeatureStore", "read_store"),
+    "qscope_jax.features.store.store_writer": ("StoreConfig", "write_store"),
+    "qscope_jax.features.explain.explanation": ("explain_features",),
+    "qscope_jax.features.classify.fit_classifier": ("fit_classifier",),
+    "qscope_jax.features.classify.feature_classifier": ("FeatureClassifier", "load_classifier"),
+    "qscope_jax.features.benchmarks.benchmark_comparison": ("compare_benchmarks",),
+    "qscope_jax.features.synthesis.coverage": ("coverage",),
+    "qscope_jax.features.synthesis.synthesis": ("synthesize",),
+    "qscope_jax.features.generation.endpoint": ("EndpointGenerator",),
+    "qscope_jax.features.generation.local_generator": ("LocalGenerator",),
     "qscope_jax.training.activations": ("ActivationConfig",),
     "qscope_jax.training.loop": ("LoopConfig", "train"),
     "qscope_jax.training.sae": ("SAETraining",),
@@ -61,16 +61,14 @@ if TYPE_CHECKING:
     from qscope_jax.data.texts import load_texts
     from qscope_jax.demo.embedded import tiny_model, tiny_saes
     from qscope_jax.errors import QscopeError
-    from qscope_jax.features.benchmark_comparison import compare_benchmarks
+    from qscope_jax.features.benchmarks.benchmark_comparison import compare_benchmarks
+    from qscope_jax.features.classify.feature_classifier import FeatureClassifier, load_classifier
+    from qscope_jax.features.classify.fit_classifier import fit_classifier
     from qscope_jax.features.compare import compare
-    from qscope_jax.features.coverage import coverage
-    from qscope_jax.features.endpoint import EndpointGenerator
-    from qscope_jax.features.explanation import explain_features
-    from qscope_jax.features.feature_classifier import FeatureClassifier, load_classifier
-    from qscope_jax.features.feature_store import FeatureStore, read_store
-    from qscope_jax.features.fit_classifier import fit_classifier
+    from qscope_jax.features.explain.explanation import explain_features
+    from qscope_jax.features.generation.endpoint import EndpointGenerator
+    from qscope_jax.features.generation.local_generator import LocalGenerator
     from qscope_jax.features.languages import monolinguality
-    from qscope_jax.features.local_generator import LocalGenerator
     from qscope_jax.features.readout import Readout, read_features, token_texts
     from qscope_jax.features.steering import (
         ablate,
@@ -84,8 +82,10 @@ if TYPE_CHECKING:
         sign_flipped,
         steer,
     )
-    from qscope_jax.features.store_writer import StoreConfig, write_store
-    from qscope_jax.features.synthesis import synthesize
+    from qscope_jax.features.store.feature_store import FeatureStore, read_store
+    from qscope_jax.features.store.store_writer import StoreConfig, write_store
+    from qscope_jax.features.synthesis.coverage import coverage
+    from qscope_jax.features.synthesis.synthesis import synthesize
     from qscope_jax.features.text_features import TextFeatures, text_features
     from qscope_jax.models.config import ModelConfig
     from qscope_jax.models.decoder import Decoder, DecoderOutput

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qscope_jax.data.benchmark_files import Benchmark
     from qscope_jax.data.benchmark_scores import Correctness, ScoreTable
-    from qscope_jax.features.benchmark_comparison import BenchmarkComparison, ComparisonConfig
+    from qscope_jax.features.benchmarks.benchmark_comparison import BenchmarkComparison, ComparisonConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Config(SAEOptions):
 def run(config: Config) -> dict[str, Any]:
     """Compare; returns the comparison at each layer."""
     from qscope_jax.data.benchmark_files import shared_prompts
-    from qscope_jax.features.benchmark_comparison import check_comparison, compare_benchmarks
+    from qscope_jax.features.benchmarks.benchmark_comparison import check_comparison, compare_benchmarks
 
     check_at_least(config, 1, "batch_size", "sequence_length")
     check_writable(config.out)
@@ -116,8 +116,8 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> "ComparisonConfig":
-    from qscope_jax.features.benchmark_advice import AdviceConfig
-    from qscope_jax.features.benchmark_comparison import ComparisonConfig
+    from qscope_jax.features.benchmarks.benchmark_advice import AdviceConfig
+    from qscope_jax.features.benchmarks.benchmark_comparison import ComparisonConfig
 
     advice = AdviceConfig(**same_named(AdviceConfig, config))
     return ComparisonConfig(**same_named(ComparisonConfig, config), advice=advice)
@@ -144,7 +144,7 @@ def _benchmarks(config: Config) -> "list[Benchmark]":
 
 def _stored_benchmarks(config: Config, names: Sequence[str]) -> "list[Benchmark]":
     from qscope_jax.data.benchmark_files import draw_prompts, group_texts
-    from qscope_jax.features.feature_store import read_store
+    from qscope_jax.features.store.feature_store import read_store
 
     store = read_store(config.store)
     found = group_texts(store.texts, store.column(config.column))
@@ -205,7 +205,7 @@ def _tiny_answers(config: Config) -> "dict[str, Correctness]":
 
 def _stored(config: Config, benchmarks: "Sequence[Benchmark]") -> "tuple[str, dict[int, dict[str, csr_array]]]":
     """Last tokens of the store's texts; its texts of a benchmark are numbered from 0."""
-    from qscope_jax.features.feature_store import read_store
+    from qscope_jax.features.store.feature_store import read_store
 
     store = read_store(config.store)
     names = [str(name) for name in store.column(config.column)]
@@ -219,7 +219,7 @@ def _stored(config: Config, benchmarks: "Sequence[Benchmark]") -> "tuple[str, di
 
 def _read(config: Config, benchmarks: "Sequence[Benchmark]") -> "tuple[str, dict[int, dict[str, csr_array]]]":
     """Last tokens of all prompts at all layers, a few SAEs at a time."""
-    from qscope_jax.features.last_tokens import read_last_tokens
+    from qscope_jax.features.store.last_tokens import read_last_tokens
 
     model = open_model(config.model, config.dtype, config.mesh)
     saes = open_saes(config.sae, model)

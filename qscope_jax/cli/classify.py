@@ -17,10 +17,10 @@ from qscope_jax.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from qscope_jax.cli.labelled import Activations
-    from qscope_jax.features.classification import RuleConfig
-    from qscope_jax.features.classification_study import Study
-    from qscope_jax.features.feature_classifier import FeatureClassifier, Prediction
-    from qscope_jax.features.feature_store import FeatureStore
+    from qscope_jax.features.classify.classification import RuleConfig
+    from qscope_jax.features.classify.classification_study import Study
+    from qscope_jax.features.classify.feature_classifier import FeatureClassifier, Prediction
+    from qscope_jax.features.store.feature_store import FeatureStore
 
 _SHOWN = 20
 _STANDARD_INPUT = "-"
@@ -107,8 +107,8 @@ class ReportConfig(RuleOptions):
 
 def fit(config: FitConfig) -> dict[str, Any]:
     """Fit and save a classifier; returns what its file says."""
-    from qscope_jax.features.feature_classifier import check_classifier_folder
-    from qscope_jax.features.fit_classifier import ClassifierConfig, classifier_from_tables
+    from qscope_jax.features.classify.feature_classifier import check_classifier_folder
+    from qscope_jax.features.classify.fit_classifier import ClassifierConfig, classifier_from_tables
 
     check_labelled(config)
     rule = _rule(config)
@@ -132,7 +132,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     """Classify; returns how many texts are of each class, and scores where classes are known."""
     from dataclasses import replace
 
-    from qscope_jax.features.feature_classifier import load_classifier
+    from qscope_jax.features.classify.feature_classifier import load_classifier
 
     if bool(config.texts) == bool(config.file):
         raise ConfigError("give either texts or --file, and not both")
@@ -161,7 +161,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
 
 def report(config: ReportConfig) -> dict[str, Any]:
     """Study the data; returns what was found."""
-    from qscope_jax.features.classification_study import StudyConfig, study
+    from qscope_jax.features.classify.classification_study import StudyConfig, study
 
     check_labelled(config)
     check_at_least(config, 1, "top", "draws")
@@ -190,7 +190,7 @@ ACTIONS = {"fit": (FitConfig, fit), "predict": (PredictConfig, predict), "report
 
 
 def _rule(config: RuleOptions) -> "RuleConfig":
-    from qscope_jax.features.classification import RuleConfig
+    from qscope_jax.features.classify.classification import RuleConfig
 
     check_at_least(config, 0, "samples")
     return RuleConfig(config.k, config.use_layers, config.by, config.thresholds)
@@ -246,7 +246,7 @@ def _write_answers(config: PredictConfig, predictions: "Iterable[Prediction]", k
 def _scored(answers: list[tuple[bool, float]], truth: list[bool]) -> dict[str, Any]:
     import numpy as np
 
-    from qscope_jax.features.classification_scores import binary_scores
+    from qscope_jax.features.classify.classification_scores import binary_scores
     from qscope_jax.report.terminal import print_kv
 
     found = binary_scores(np.array(truth), *map(np.array, zip(*answers, strict=True)))
@@ -268,7 +268,7 @@ def _show_fit(classifier: "FeatureClassifier", out: str) -> None:
 
 
 def _interval(found: dict[str, float]) -> str:
-    from qscope_jax.features.classification_scores import Interval
+    from qscope_jax.features.classify.classification_scores import Interval
 
     return str(Interval(**found))
 
@@ -298,7 +298,7 @@ def _show_report(found: "Study") -> None:
 
 def _examples(config: ReportConfig, found: "Study", activations: "Activations", store: "FeatureStore | None") -> dict[str, list[Any]]:
     """Of each language some texts of each kind, token by token."""
-    from qscope_jax.features.classification_study import example_texts
+    from qscope_jax.features.classify.classification_study import example_texts
     from qscope_jax.report.classification_page import Example
 
     shown: dict[str, list[Any]] = {}

@@ -11,9 +11,9 @@ from qscope_jax.cli.results import check_writable, write_result
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qscope_jax.features.coverage import Coverage
-    from qscope_jax.features.judge import Judgement
-    from qscope_jax.features.targets import Target
+    from qscope_jax.features.synthesis.coverage import Coverage
+    from qscope_jax.features.synthesis.judge import Judgement
+    from qscope_jax.features.synthesis.targets import Target
 
 _SHOWN = 12
 
@@ -83,8 +83,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def _judge(config: Config, targets: "Sequence[Target]") -> "Judgement":
     """Score what has no score; what is judged is kept where that is asked for."""
-    from qscope_jax.features.judge import PURPOSE, Judgement, judge_usefulness
-    from qscope_jax.features.targets import save_targets
+    from qscope_jax.features.synthesis.judge import PURPOSE, Judgement, judge_usefulness
+    from qscope_jax.features.synthesis.targets import save_targets
 
     if not 0 <= config.tau <= 1:
         raise ConfigError(f"tau is {config.tau}, expected 0 to 1")
@@ -106,7 +106,7 @@ def _origin(config: Config) -> str:
 
 
 def _write_missing(found: "Coverage", config: Config) -> None:
-    from qscope_jax.features.targets import save_targets
+    from qscope_jax.features.synthesis.targets import save_targets
 
     wanted = found.missing + found.weak(config.weak)
     save_targets(config.missing, wanted)

@@ -11,9 +11,9 @@ from qscope_jax.cli.sources import SAEOptions, check_texts, open_model, open_sae
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qscope_jax.features.coverage import Coverage
-    from qscope_jax.features.feature_store import FeatureStore
-    from qscope_jax.features.targets import Target
+    from qscope_jax.features.store.feature_store import FeatureStore
+    from qscope_jax.features.synthesis.coverage import Coverage
+    from qscope_jax.features.synthesis.targets import Target
     from qscope_jax.features.text_features import TextFeatures
     from qscope_jax.models.language_model import LanguageModel
     from qscope_jax.sae.layer_sae import LayerSAE, SAECollection
@@ -122,7 +122,7 @@ class CoverageSources:
     @cached_property
     def targets(self) -> "list[Target]":
         """Those of the table, or what fires in the pool."""
-        from qscope_jax.features.targets import alive_targets
+        from qscope_jax.features.synthesis.targets import alive_targets
 
         if self.listed is not None:
             return self.listed
@@ -130,7 +130,7 @@ class CoverageSources:
 
     def coverage(self, targets: "Sequence[Target]") -> "Coverage":
         """How the data covers targets."""
-        from qscope_jax.features.coverage import coverage, store_coverage
+        from qscope_jax.features.synthesis.coverage import coverage, store_coverage
 
         store = _store(self.options.data)
         if store is not None:
@@ -140,7 +140,7 @@ class CoverageSources:
 
     def read(self, texts: Sequence[str]) -> "dict[int, TextFeatures]":
         """Read texts with the model: the firing check."""
-        from qscope_jax.features.feature_reader import feature_reader
+        from qscope_jax.features.synthesis.feature_reader import feature_reader
 
         settings: dict[str, Any] = {"drop_first": not self.options.keep_first, "max_norm_multiple": self.options.max_norm_multiple}
         found = {}
@@ -163,7 +163,7 @@ class CoverageSources:
                     )
 
     def _listed(self, unjudged: bool) -> "list[Target]":
-        from qscope_jax.features.targets import load_targets
+        from qscope_jax.features.synthesis.targets import load_targets
 
         tau = 0.0 if unjudged else self.options.tau
         return load_targets(self.options.targets, tau=tau, layers=self.options.layers, unjudged=unjudged)
@@ -182,7 +182,7 @@ def _texts(source: str, options: CoverageOptions, limit: int | None) -> list[str
 
 def _store(name: str) -> "FeatureStore | None":
     """The feature store of that name, if it is one."""
-    from qscope_jax.features.feature_store import holds_store, read_store
+    from qscope_jax.features.store.feature_store import holds_store, read_store
 
     path = Path(name).expanduser()
     return read_store(path) if path.is_dir() and holds_store(path) else None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qscope_jax.features.endpoint import EndpointGenerator
+    from qscope_jax.features.generation.endpoint import EndpointGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def open_endpoint(url: str, model: str, options: EndpointOptions, *, flag: str, 
     Raises:
         QscopeError: no model is named, or the options make no sense.
     """
-    from qscope_jax.features.endpoint import EndpointGenerator
+    from qscope_jax.features.generation.endpoint import EndpointGenerator
 
     if not is_address(url):
         raise ConfigError(f"endpoint {url!r} is no address; expected one such as http://localhost:8000/v1")

@@ -13,11 +13,11 @@ from qscope_jax.cli.results import check_writable, write_result
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qscope_jax.features.explanation import ExplainConfig
-    from qscope_jax.features.feature_card import FeatureCard
-    from qscope_jax.features.feature_labels import FeatureLabel
-    from qscope_jax.features.feature_store import FeatureStore
-    from qscope_jax.features.generators import Generator
+    from qscope_jax.features.explain.explanation import ExplainConfig
+    from qscope_jax.features.explain.feature_card import FeatureCard
+    from qscope_jax.features.explain.feature_labels import FeatureLabel
+    from qscope_jax.features.generation.generators import Generator
+    from qscope_jax.features.store.feature_store import FeatureStore
 
     Labels = dict[tuple[int, int], FeatureLabel]
 
@@ -83,8 +83,8 @@ class Config(EndpointOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Explain; returns the cards, or the facts of each feature."""
-    from qscope_jax.features.contexts import check_features
-    from qscope_jax.features.feature_store import read_store
+    from qscope_jax.features.explain.contexts import check_features
+    from qscope_jax.features.store.feature_store import read_store
 
     _check(config)
     _settings(config)
@@ -126,8 +126,8 @@ def _check(config: Config) -> None:
 
 
 def _settings(config: Config) -> "ExplainConfig":
-    from qscope_jax.features.contexts import Window
-    from qscope_jax.features.explanation import ExplainConfig
+    from qscope_jax.features.explain.contexts import Window
+    from qscope_jax.features.explain.explanation import ExplainConfig
 
     return ExplainConfig(
         config.top, config.quantiles, config.per_quantile, Window(config.before, config.after), columns=config.by, cofiring=config.cofiring,
@@ -148,7 +148,7 @@ class _Cards:
 
     def facts(self) -> "Iterator[FeatureCard]":
         """Cards without contexts, which takes seconds for a whole layer."""
-        from qscope_jax.features.explanation import ExplainConfig
+        from qscope_jax.features.explain.explanation import ExplainConfig
 
         return self._made(ExplainConfig(top=0, quantiles=0, cofiring=0, bins=1, columns=()))
 
@@ -161,8 +161,8 @@ class _Cards:
         return self.store.vocabulary[token]
 
     def _made(self, settings: "ExplainConfig") -> "Iterator[FeatureCard]":
-        from qscope_jax.features.explanation import explain_features
-        from qscope_jax.features.feature_labels import labelled
+        from qscope_jax.features.explain.explanation import explain_features
+        from qscope_jax.features.explain.feature_labels import labelled
 
         features = None if self._config.all else self._config.features
         cards = explain_features(self.store, self._config.layer, features, settings)
@@ -170,7 +170,7 @@ class _Cards:
 
 
 def _labels(config: Config) -> "Labels":
-    from qscope_jax.features.feature_labels import read_labels
+    from qscope_jax.features.explain.feature_labels import read_labels
 
     path = Path(config.explanations).expanduser()
     there = config.explanations and (path.exists() or not config.endpoint) and not (path.is_file() and not path.stat().st_size)
@@ -179,8 +179,8 @@ def _labels(config: Config) -> "Labels":
 
 def _interpret(store: "FeatureStore", labels: "Labels", config: Config) -> "Labels":
     """Explain what is not explained and score what is not scored; what is finished is kept, however this ends."""
-    from qscope_jax.features.feature_labels import write_labels
-    from qscope_jax.features.interpretation import InterpretConfig, interpret_features
+    from qscope_jax.features.explain.feature_labels import write_labels
+    from qscope_jax.features.explain.interpretation import InterpretConfig, interpret_features
 
     generator, judge = _generators(config)
     chosen = range(store.num_features[config.layer]) if config.all else config.features
@@ -270,7 +270,7 @@ def _write_site(cards: _Cards, config: Config) -> None:
 
 
 def _write_neuronpedia(cards: _Cards, config: Config) -> None:
-    from qscope_jax.features.neuronpedia import source_of, write_neuronpedia
+    from qscope_jax.features.explain.neuronpedia import source_of, write_neuronpedia
 
     source = source_of(
         cards.store, config.layer, config.before + config.after + 1, model_id=config.neuronpedia_model, sae_set=config.neuronpedia_set

@@ -11,10 +11,10 @@ from qscope_jax.errors import ConfigError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from qscope_jax.features.feature_store import FeatureStore
-    from qscope_jax.features.labelled_data import LabelledData
+    from qscope_jax.features.classify.labelled_data import LabelledData
+    from qscope_jax.features.classify.text_reading import ReadingConfig
+    from qscope_jax.features.store.feature_store import FeatureStore
     from qscope_jax.features.text_features import TextFeatures
-    from qscope_jax.features.text_reading import ReadingConfig
     from qscope_jax.models.language_model import LanguageModel
     from qscope_jax.sae.layer_sae import LayerSAE
 
@@ -101,8 +101,8 @@ def read_labelled(config: LabelledOptions) -> "tuple[LabelledData, FeatureStore 
     Raises:
         QscopeError: what is wrong with the source or its columns.
     """
-    from qscope_jax.features.feature_store import read_store
-    from qscope_jax.features.labelled_data import label_data
+    from qscope_jax.features.classify.labelled_data import label_data
+    from qscope_jax.features.store.feature_store import read_store
 
     store = read_store(config.store) if config.store else None
     columns = _store_columns(store, config) if store is not None else _tiny_columns() if config.data == TINY else _table_columns(config)
@@ -133,7 +133,7 @@ def read_activations(config: LabelledOptions, data: "LabelledData", store: "Feat
     Raises:
         QscopeError: what is wrong with model, SAEs, store or layers.
     """
-    from qscope_jax.features.text_reading import ReadingConfig, read_texts
+    from qscope_jax.features.classify.text_reading import ReadingConfig, read_texts
 
     if store is not None:
         return _stored(config, data, store)
@@ -180,7 +180,7 @@ def mark_tokens(
 
 
 def _stored(config: LabelledOptions, data: "LabelledData", store: "FeatureStore") -> Activations:
-    from qscope_jax.features.text_reading import ReadingConfig
+    from qscope_jax.features.classify.text_reading import ReadingConfig
 
     layers = store.layers if config.layers is None else config.layers
     tables = {layer: store.text_features(store.check_layer(layer)).select(data.rows) for layer in layers}

@@ -13,7 +13,7 @@ from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import TINY, SAEOptions, check_layers, open_model, open_saes
 
 if TYPE_CHECKING:
-    from qscope_jax.features.feature_store import FeatureStore
+    from qscope_jax.features.store.feature_store import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Config(SAEOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Write the store; returns counts, bytes and rate."""
-    from qscope_jax.features.store_writer import StoreConfig, write_store
+    from qscope_jax.features.store.store_writer import StoreConfig, write_store
 
     check_at_least(config, 1, "limit")
     settings = StoreConfig(

@@ -15,11 +15,11 @@ from qscope_jax.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from qscope_jax.data.tables import Table
-    from qscope_jax.features.generators import Generator
-    from qscope_jax.features.synthesis import Synthesis, SynthesisConfig
-    from qscope_jax.features.synthesis_baselines import Baseline, BudgetRow
-    from qscope_jax.features.targets import Target
-    from qscope_jax.features.writers import Writer
+    from qscope_jax.features.generation.generators import Generator
+    from qscope_jax.features.synthesis.synthesis import Synthesis, SynthesisConfig
+    from qscope_jax.features.synthesis.synthesis_baselines import Baseline, BudgetRow
+    from qscope_jax.features.synthesis.targets import Target
+    from qscope_jax.features.synthesis.writers import Writer
 
 STEER, MODEL = "steer", "model"
 _SETTINGS_FILE, _LOG_FILE, _RANDOM_FILE = "settings.json", "candidates.jsonl", "random.jsonl"
@@ -126,8 +126,8 @@ class ScoreConfig:
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Synthesise; returns the coverage before and after, beside the baselines."""
-    from qscope_jax.features.synthesis import SynthesisConfig
-    from qscope_jax.features.synthesis_baselines import compare_at_budget
+    from qscope_jax.features.synthesis.synthesis import SynthesisConfig
+    from qscope_jax.features.synthesis.synthesis_baselines import compare_at_budget
     from qscope_jax.report.coverage_page import write_synthesis_page
 
     _check(config)
@@ -186,7 +186,7 @@ def run_mix(config: MixConfig) -> dict[str, Any]:
 def run_score(config: ScoreConfig) -> dict[str, Any]:
     """Score; returns the rates and the accuracy with their intervals."""
     from qscope_jax.data.tables import load_table
-    from qscope_jax.features.safety_scores import phrase_refusal, safety_scores
+    from qscope_jax.features.synthesis.safety_scores import phrase_refusal, safety_scores
     from qscope_jax.report.terminal import print_table
 
     check_writable(config.out)
@@ -244,7 +244,7 @@ def _assistant(config: RunConfig, sources: CoverageSources, folder: Path) -> "Ge
     if is_address(config.writer):
         return open_endpoint(config.writer, config.writer_model, config, flag="--writer-model", cache=str(folder / _REPLIES_FILE))
     if config.writer == MODEL or config.styles or config.respond:
-        from qscope_jax.features.local_generator import LocalGenerator
+        from qscope_jax.features.generation.local_generator import LocalGenerator
 
         # Texts have few tokens; thoughts would take them all. Templates that know of none ignore the setting.
         settings = {"enable_thinking": False}
@@ -262,7 +262,7 @@ def _synthesize(
     folder: Path,
 ) -> "Synthesis":
     from qscope_jax.data.record_log import RecordLog
-    from qscope_jax.features.synthesis import synthesize
+    from qscope_jax.features.synthesis.synthesis import synthesize
 
     judge = assistant
     if config.judge:
@@ -273,16 +273,16 @@ def _synthesize(
 
 
 def _writer(config: RunConfig, sources: CoverageSources, targets: "list[Target]", assistant: "Generator | None") -> "Writer":
-    from qscope_jax.features.coverage import strongest_contexts
+    from qscope_jax.features.synthesis.coverage import strongest_contexts
 
     contexts = strongest_contexts(targets, sources.pool_texts, sources.pool, count=config.contexts) if config.contexts and config.pool else {}
     if config.writer != STEER:
-        from qscope_jax.features.writers import InstructedWriter
+        from qscope_jax.features.synthesis.writers import InstructedWriter
 
         assert assistant is not None
         return InstructedWriter(assistant, contexts, max_tokens=config.max_new_tokens, temperature=config.temperature)
-    from qscope_jax.features.steered_writer import SteeredWriter
     from qscope_jax.features.steering import residual_norms
+    from qscope_jax.features.synthesis.steered_writer import SteeredWriter
 
     natural = sources.data_texts
     prompts = list(config.prompts) if config.prompts else [" ".join(text.split()[:2])[:40] for text in natural[:: max(len(natural) // 32, 1)]]
@@ -303,7 +303,7 @@ def _baselines(
     config: RunConfig, sources: CoverageSources, targets: "list[Target]", writer: "Writer", found: "Synthesis", folder: Path
 ) -> "list[Baseline]":
     from qscope_jax.data.record_log import RecordLog
-    from qscope_jax.features.synthesis_baselines import natural_sampling, random_synthesis
+    from qscope_jax.features.synthesis.synthesis_baselines import natural_sampling, random_synthesis
 
     log = RecordLog(folder / _RANDOM_FILE, "id", "text of a random synthesis")
     with _progress("random texts") as told:

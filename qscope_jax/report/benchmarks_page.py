@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qscope_jax.features.benchmark_comparison import BenchmarkComparison, curve_sizes
-from qscope_jax.features.benchmark_performance import Similarity
-from qscope_jax.features.correlation import Correlation, Kind
+from qscope_jax.features.benchmarks.benchmark_comparison import BenchmarkComparison, curve_sizes
+from qscope_jax.features.benchmarks.benchmark_performance import Similarity
+from qscope_jax.features.benchmarks.correlation import Correlation, Kind
 from qscope_jax.report.benchmark_figures import coverage_curves, named_curves, scatter, tree
 from qscope_jax.report.figures import heat_map
 from qscope_jax.report.page import Page

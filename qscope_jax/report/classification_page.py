@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from qscope_jax.features.classification_study import LanguageStudy, Study
+from qscope_jax.features.classify.classification_study import LanguageStudy, Study
 from qscope_jax.report.figures import curves, heat_map
 from qscope_jax.report.page import Page
 

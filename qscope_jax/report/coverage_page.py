@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qscope_jax.features.coverage import Coverage
-from qscope_jax.features.synthesis import Synthesis
-from qscope_jax.features.synthesis_baselines import Baseline, compare_at_budget, expected_coverage, synthesis_curve
+from qscope_jax.features.synthesis.coverage import Coverage
+from qscope_jax.features.synthesis.synthesis import Synthesis
+from qscope_jax.features.synthesis.synthesis_baselines import Baseline, compare_at_budget, expected_coverage, synthesis_curve
 from qscope_jax.report.figures import bars, curves, histogram
 from qscope_jax.report.page import Page
 

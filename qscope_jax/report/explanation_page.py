@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qscope_jax.errors import InputError
-from qscope_jax.features.feature_card import Context, FeatureCard
+from qscope_jax.features.explain.feature_card import Context, FeatureCard
 from qscope_jax.report.figures import bars
 from qscope_jax.report.number_format import format_number
 from qscope_jax.report.page import Page

@@ -23,7 +23,7 @@ from typing import Any
 
 from qscope_jax.data.files import atomic_path, plain, read_json, write_json
 from qscope_jax.errors import InputError, SourceError
-from qscope_jax.features.feature_card import FeatureCard
+from qscope_jax.features.explain.feature_card import FeatureCard
 from qscope_jax.report import palette
 from qscope_jax.report.number_format import format_number
 from qscope_jax.report.site_data import Block, IndexPart, data_script

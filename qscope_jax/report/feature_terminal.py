@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from qscope_jax.features.feature_card import Context, FeatureCard, GroupRate
+from qscope_jax.features.explain.feature_card import Context, FeatureCard, GroupRate
 from qscope_jax.report.explanation_page import share
 from qscope_jax.report.number_format import format_number
 from qscope_jax.report.terminal import TextStream, print_kv, tokens_text

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qscope_jax.features.feature_card import Context, FeatureCard
+from qscope_jax.features.explain.feature_card import Context, FeatureCard
 from qscope_jax.report.token_heat import Kind, pieces
 
 LISTED_TOKENS = 5

@@ -83,7 +83,7 @@ def test_a_report_covers_languages_layers_and_little_data(qscope, pair, data, tm
 
 
 def test_a_store_says_the_same_as_the_model(qscope, pair, data, tmp_path):
-    pytest.importorskip("qscope_jax.features.store_writer")
+    pytest.importorskip("qscope_jax.features.store.store_writer")
     written = ("--shard-tokens", 300, "--batch-size", 8, "--max-length", 64, "--no-progress", "--streams", "--max-norm-multiple", 0)
     assert qscope("store", *pair, "--data", data, "--out", tmp_path / "store", *written).status == 0
     common = (*RULE, "--language-column", "lang", "--shares", "0.5,1", "--draws", 1, "--max-norm-multiple", 0)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from qscope_jax.data.tables import load_table
-from qscope_jax.features.generators import Reply
+from qscope_jax.features.generation.generators import Reply
 
 TEXTS = ["My grandmother made tea.", "the garden", "奶奶在花园里泡茶。"]
 

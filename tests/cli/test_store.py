@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qscope_jax.features.feature_store import read_store
+from qscope_jax.features.store.feature_store import read_store
 
 SMALL = ("--layers", "0,2", "--shard-tokens", 60, "--max-length", 16, "--batch-size", 4, "--no-progress")
 ROWS = [

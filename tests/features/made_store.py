@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from qscope_jax.features.feature_store import (
+from qscope_jax.features.readout import Readout
+from qscope_jax.features.store.feature_store import (
     FORMAT,
     TEXTS_FILE,
     TOKENS_FILE,
@@ -21,7 +22,6 @@ from qscope_jax.features.feature_store import (
     read_store,
     shard_name,
 )
-from qscope_jax.features.readout import Readout
 from qscope_jax.features.text_features import text_features
 from qscope_jax.sae.formats.mapped_tensors import write_safetensors
 

@@ -7,7 +7,7 @@ from scipy.sparse import csr_array
 
 from qscope_jax.data.benchmark_scores import ScoreTable
 from qscope_jax.errors import InputError
-from qscope_jax.features.benchmark_comparison import ComparisonConfig, compare_benchmarks
+from qscope_jax.features.benchmarks.benchmark_comparison import ComparisonConfig, compare_benchmarks
 from qscope_jax.report.benchmark_figures import scatter, tree
 from qscope_jax.report.benchmarks_page import correlation_rows, write_benchmarks_page
 

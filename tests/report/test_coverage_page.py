@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from scipy.sparse import csc_array
 
-from qscope_jax.features.coverage import Coverage
-from qscope_jax.features.synthesis import Candidate, Synthesis
-from qscope_jax.features.synthesis_baselines import Baseline
-from qscope_jax.features.targets import Target
+from qscope_jax.features.synthesis.coverage import Coverage
+from qscope_jax.features.synthesis.synthesis import Candidate, Synthesis
+from qscope_jax.features.synthesis.synthesis_baselines import Baseline
+from qscope_jax.features.synthesis.targets import Target
 from qscope_jax.report.coverage_page import write_coverage_page, write_synthesis_page
 
 TARGETS = (Target(0, 1, "rude <words>", 0.75), Target(0, 2), Target(3, 4))

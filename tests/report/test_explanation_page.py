@@ -3,7 +3,7 @@ import re
 import pytest
 
 from qscope_jax.errors import InputError
-from qscope_jax.features.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
+from qscope_jax.features.explain.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
 from qscope_jax.report.explanation_page import MOST_FEATURES, share, write_explanation_page
 
 TOP = Context(3, 1, 4, (5, 6, 7), (0.0, 9.0, 1.0), {"language": "<French>"})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qscope_jax.errors import InputError, SourceError
-from qscope_jax.features.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
+from qscope_jax.features.explain.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
 from qscope_jax.report.feature_site import BLOCK_FEATURES, holds_site, write_site
 from qscope_jax.report.site_data import Block, data_script, token_label
 

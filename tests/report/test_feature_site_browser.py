@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.feature_site import QUERIES, browser, browser_path, feature_seconds, open_seconds, random_cards, search_seconds, token_text
-from qscope_jax.features.feature_card import Context
+from qscope_jax.features.explain.feature_card import Context
 from qscope_jax.report.feature_site import BLOCK_FEATURES, write_site
 from qscope_jax.report.site_data import LISTED_TOKENS, token_label
 

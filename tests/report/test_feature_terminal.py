@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from qscope_jax.features.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
+from qscope_jax.features.explain.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
 from qscope_jax.report.feature_terminal import print_card
 
 WORDS = {5: " tea", 6: " with\n", 7: " m[ilk]"}

@@ -6,14 +6,14 @@ import numpy as np
 
 from qscope_jax.demo.corpus import LANGUAGES, sentences
 from qscope_jax.demo.tour import Chapter, Check, Tour
-from qscope_jax.features.coverage import coverage
-from qscope_jax.features.steered_writer import SteeredWriter
+from qscope_jax.features.classify.text_reading import ReadingConfig, read_texts
 from qscope_jax.features.steering import residual_norms
-from qscope_jax.features.synthesis import SynthesisConfig, synthesize
-from qscope_jax.features.synthesis_baselines import natural_sampling, random_synthesis, synthesis_curve
-from qscope_jax.features.targets import Target, alive_targets
+from qscope_jax.features.synthesis.coverage import coverage
+from qscope_jax.features.synthesis.steered_writer import SteeredWriter
+from qscope_jax.features.synthesis.synthesis import SynthesisConfig, synthesize
+from qscope_jax.features.synthesis.synthesis_baselines import natural_sampling, random_synthesis, synthesis_curve
+from qscope_jax.features.synthesis.targets import Target, alive_targets
 from qscope_jax.features.text_features import TextFeatures
-from qscope_jax.features.text_reading import ReadingConfig, read_texts
 from qscope_jax.report.figures import curves
 from qscope_jax.report.page import Page
 

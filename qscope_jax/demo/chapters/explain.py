@@ -7,11 +7,11 @@ from pathlib import Path
 from qscope_jax.demo.corpus import LANGUAGES, sentences
 from qscope_jax.demo.tone import tone_sentences
 from qscope_jax.demo.tour import Chapter, Check, Tour
-from qscope_jax.features.explanation import ExplainConfig, explain_features
-from qscope_jax.features.feature_card import FeatureCard
-from qscope_jax.features.feature_store import FeatureStore
+from qscope_jax.features.explain.explanation import ExplainConfig, explain_features
+from qscope_jax.features.explain.feature_card import FeatureCard
 from qscope_jax.features.readout import token_texts
-from qscope_jax.features.store_writer import StoreConfig, write_store
+from qscope_jax.features.store.feature_store import FeatureStore
+from qscope_jax.features.store.store_writer import StoreConfig, write_store
 from qscope_jax.report.explanation_page import add_card
 from qscope_jax.report.page import Page
 

@@ -10,12 +10,12 @@ from qscope_jax.demo.recipe import SCORES
 from qscope_jax.demo.task_scores import CheckpointScores, read_scores
 from qscope_jax.demo.tasks import tasks
 from qscope_jax.demo.tour import Chapter, Check, Tour
-from qscope_jax.features.benchmark_advice import advise
-from qscope_jax.features.benchmark_clustering import cluster
-from qscope_jax.features.benchmark_footprint import Footprint, footprint, overlap_min_matrix
-from qscope_jax.features.benchmark_performance import Similarity, partial_correlation, performance_redundancy
-from qscope_jax.features.correlation import correlate, correlate_pairs, pearson, spearman
-from qscope_jax.features.last_tokens import read_last_tokens
+from qscope_jax.features.benchmarks.benchmark_advice import advise
+from qscope_jax.features.benchmarks.benchmark_clustering import cluster
+from qscope_jax.features.benchmarks.benchmark_footprint import Footprint, footprint, overlap_min_matrix
+from qscope_jax.features.benchmarks.benchmark_performance import Similarity, partial_correlation, performance_redundancy
+from qscope_jax.features.benchmarks.correlation import correlate, correlate_pairs, pearson, spearman
+from qscope_jax.features.store.last_tokens import read_last_tokens
 from qscope_jax.report.figures import heat_map
 from qscope_jax.report.page import Page
 

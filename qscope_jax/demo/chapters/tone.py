@@ -7,10 +7,10 @@ import numpy as np
 from qscope_jax.demo.corpus import LANGUAGES
 from qscope_jax.demo.tone import tone_sentences
 from qscope_jax.demo.tour import Chapter, Check, Tour
-from qscope_jax.features.classification import FeatureRule, RuleConfig, Tables, fit_rule
-from qscope_jax.features.classification_report import LabelledHalves, jaccard, score_rule, transfer
-from qscope_jax.features.text_baselines import bag_of_words, mean_difference, stream_regression
-from qscope_jax.features.text_reading import LayerReading, ReadingConfig, read_texts
+from qscope_jax.features.classify.classification import FeatureRule, RuleConfig, Tables, fit_rule
+from qscope_jax.features.classify.classification_report import LabelledHalves, jaccard, score_rule, transfer
+from qscope_jax.features.classify.text_baselines import bag_of_words, mean_difference, stream_regression
+from qscope_jax.features.classify.text_reading import LayerReading, ReadingConfig, read_texts
 from qscope_jax.report.figures import curves, heat_map
 from qscope_jax.report.page import Page
 

@@ -8,7 +8,7 @@ from qscope_jax.data.files import plain
 from qscope_jax.demo.chapters import tasks as chapter_module
 from qscope_jax.demo.task_scores import CheckpointScores
 from qscope_jax.demo.tasks import tasks
-from qscope_jax.features.benchmark_performance import performance_redundancy
+from qscope_jax.features.benchmarks.benchmark_performance import performance_redundancy
 from qscope_jax.report.page import Page
 
 NAMES = [task.name for task in tasks()]

@@ -8,7 +8,7 @@ from qscope_jax.data.files import plain
 from qscope_jax.demo.chapters import tone
 from qscope_jax.demo.corpus import LANGUAGES
 from qscope_jax.demo.tone import tone_sentences
-from qscope_jax.features import text_reading
+from qscope_jax.features.classify import text_reading
 from qscope_jax.report.page import Page
 
 

@@ -1,0 +1,1 @@
+"""What benchmarks measure, by the features that their samples fire."""

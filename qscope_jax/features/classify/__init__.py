@@ -1,0 +1,1 @@
+"""Rules over features that tell classes of texts apart, beside baselines."""

@@ -1,0 +1,1 @@
+"""What features stand for: contexts, words, neighbours, explanations and their scores."""

@@ -1,0 +1,1 @@
+"""Whatever continues prompts behind one signature: the local model, or an endpoint."""

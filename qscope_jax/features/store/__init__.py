@@ -1,0 +1,1 @@
+"""A corpus' features on disk: one pass writes them, everything after reads them."""

@@ -1,0 +1,1 @@
+"""Which features a data set misses, and texts that fire them."""
