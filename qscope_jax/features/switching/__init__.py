@@ -1,0 +1,1 @@
+"""Unwanted languages: finding their features, holding them down, counting switches."""
