@@ -48,7 +48,7 @@ class Auxiliary(Protocol):
         ...
 
     @property
-    def unwanted_V(self) -> Bool[Array, " V"] | None:
+    def unwanted(self) -> Bool[Array, " V"] | None:
         """Tokens whose probability it reads."""
         ...
 
@@ -103,7 +103,7 @@ class FeatureCeiling:
     aim: str = "reduce"
 
     @property
-    def unwanted_V(self) -> None:
+    def unwanted(self) -> None:
         """It reads no probabilities."""
         return None
 
@@ -133,7 +133,7 @@ class FeatureCeiling:
         return total
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("unwanted_V", "target"), meta_fields=("weight",))
+@partial(jax.tree_util.register_dataclass, data_fields=("unwanted", "target"), meta_fields=("weight",))
 @dataclass(frozen=True)
 class ScriptPenalty:
     """The penalty baseline: mean of -log(1 - p_L) over the predicted answer tokens of conversations that are not in L.
@@ -141,12 +141,12 @@ class ScriptPenalty:
     p_L is the probability of all tokens with a character of L's script. SASFT names such a baseline without its formula; this one is ours.
 
     Attributes:
-        unwanted_V: Those tokens.
+        unwanted: Those tokens.
         target: Index of L among the languages.
         weight: Lambda.
     """
 
-    unwanted_V: Bool[Array, " V"]
+    unwanted: Bool[Array, " V"]
     target: Int[Array, ""]
     weight: float
 

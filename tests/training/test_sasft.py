@@ -69,4 +69,4 @@ def test_a_penalty_on_no_token_or_on_an_unknown_language_is_refused():
 
 def test_the_penalty_marks_the_tokens_and_the_language():
     penalty = script_penalty(np.array([True, False, True]), ("en", "zh"), "zh", 0.3)
-    assert penalty.unwanted_V.tolist() == [True, False, True] and int(penalty.target) == 1 and penalty.weight == 0.3
+    assert penalty.unwanted.tolist() == [True, False, True] and int(penalty.target) == 1 and penalty.weight == 0.3
