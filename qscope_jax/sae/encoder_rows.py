@@ -31,6 +31,14 @@ class EncoderRows:
         """Pre-activations: no threshold, no top-k, negative ones too; float32 whatever the stream's dtype. Differentiable in the stream."""
         return pre_activations(x_ND.astype(jnp.float32), self.W_SD, self.b_S)
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The arrays on the host, for writing: `W` and `b`."""
+        return {"W": np.asarray(self.W_SD), "b": np.asarray(self.b_S)}
+
+    def activations(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N S"]:
+        """Positive parts of the pre-activations."""
+        return jnp.maximum(self(x_ND), jnp.float32(0))
+
 
 def encoder_rows(sae: LayerSAE, features: Sequence[int]) -> EncoderRows:
     """Take features' rows out of an SAE, in the order given; only they are copied, to one device.

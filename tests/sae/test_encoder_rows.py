@@ -39,6 +39,7 @@ def test_rows_give_the_pre_activations_of_their_features_whatever_the_activation
     assert found.dtype == jnp.float32 and np.min(found) < 0
     np.testing.assert_allclose(found, expected, atol=2e-6)
     np.testing.assert_allclose(found, sae.autoencoder.pre_activations(streams(dtype))[:, np.asarray(FEATURES)], atol=2e-6)
+    np.testing.assert_array_equal(encoder_rows(sae, FEATURES).activations(streams(dtype)), np.maximum(found, 0))
 
 
 def test_the_decoders_bias_is_in_the_rows_where_the_encoder_subtracts_it():

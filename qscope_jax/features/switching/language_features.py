@@ -132,7 +132,7 @@ class LanguageFeatures:
         said = {name: getattr(self, name) for name in (*_NAMES, "languages", "layers", "facts")}
         arrays = {name: np.asarray(getattr(self, attribute)) for name, attribute in _ARRAYS.items()}
         for layer, rows in zip(self.layers, self.rows, strict=True):
-            arrays |= {f"layer{layer}.W": np.asarray(rows.W_SD), f"layer{layer}.b": np.asarray(rows.b_S)}
+            arrays |= {f"layer{layer}.{name}": array for name, array in rows.tensors().items()}
         with atomic_path(Path(folder).expanduser(), directory=True) as temporary:
             write_safetensors(temporary / ARRAYS_FILE, arrays)
             write_json(temporary / CONFIG_FILE, {"format": FORMAT, "format_version": VERSION, **said})
