@@ -261,11 +261,6 @@ class SFT:
         return Batch(*(place_rows(array, self.model.mesh) for array in arrays))
 
 
-def micro_batches(batch: Batch, count: int) -> Batch:
-    """A batch as `count` of them, stacked; row r goes to number r % count, so that every device keeps its own rows."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
-
-
 def losses(decoder: Decoder, batch: Batch, auxiliary: Auxiliary | None, chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of the cross-entropy over answers, and the auxiliary loss' sum, of a (micro-)batch."""
     last = decoder.config.num_layers - 1
@@ -305,12 +300,13 @@ def _step(
         (_, (total, extra)), gradient = gradient_of(state.parameters, batch)
     else:
 
-        def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            (_, found), gradient = gradient_of(state.parameters, part)
+        def add(sums: Any, part: list[Array]) -> tuple[Any, None]:
+            (_, found), gradient = gradient_of(state.parameters, Batch(*part))
             return jax.tree.map(jnp.add, sums, (found, gradient)), None
 
         zeros = (jnp.zeros((), jnp.float32),) * 2, jax.tree.map(jnp.zeros_like, state.parameters)
-        ((total, extra), gradient), _ = jax.lax.scan(add, zeros, micro_batches(batch, config.micro_batches))
+        parts = [_dealt(rows, config.micro_batches) for rows in jax.tree.leaves(batch)]
+        ((total, extra), gradient), _ = jax.lax.scan(add, zeros, parts)
     norm = optax.tree.norm(gradient)
     ok = jnp.isfinite(norm)
     gradient = jax.tree.map(lambda g: jnp.where(ok, g, jnp.zeros_like(g)), gradient)
@@ -321,6 +317,11 @@ def _step(
     if auxiliary is not None:
         metrics["auxiliary"] = extra / jnp.maximum(counted, 1)
     return SFTState(parameters, opt_state), metrics
+
+
+def _dealt(rows: Array, count: int) -> Array:
+    """Rows of a batch in `count` stacked parts; row r goes to part r % count, so that every device keeps its own rows."""
+    return jnp.moveaxis(rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]), 1, 0)
 
 
 def _measure(
