@@ -89,14 +89,15 @@ def _turns(value: Any, where: str, column: str) -> tuple[Message, ...]:
         if keys is None or keys[1] not in turn:
             there = ", ".join(map(repr, turn)) if isinstance(turn, Mapping) else type(turn).__name__
             raise InputError(f"{place} has {there or 'nothing'}; expected role and content, or from and value")
-        role, content = turn[keys[0]], turn[keys[1]]
-        if role not in _ROLES:
-            raise InputError(f"{place} has the role {role!r}; expected system, user or assistant (or human, gpt)")
-        if _ROLES[role] == "system" and messages:
+        content = turn[keys[1]]
+        role = next((known for name, known in _ROLES.items() if name == turn[keys[0]]), None)
+        if role is None:
+            raise InputError(f"{place} has the role {turn[keys[0]]!r}; expected system, user or assistant (or human, gpt)")
+        if role == "system" and messages:
             raise InputError(f"{place} is a system text; expected one at the beginning alone")
         if not isinstance(content, str):
             raise InputError(f"{place} holds {type(content).__name__} as its {keys[1]}, expected text")
-        messages.append(Message(_ROLES[role], read_text(content, f"{where} turn {number}", column)))
+        messages.append(Message(role, read_text(content, f"{where} turn {number}", column)))
     if not any(message.role == "assistant" for message in messages):
         raise InputError(f"{where}: has no assistant turn among {len(messages)}; expected at least one answer, remove the row")
     return tuple(messages)

@@ -1,11 +1,14 @@
 """How a conversation is written out: chat templates, and the characters of a rendered conversation that are answers."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qscope_jax.data.chat_data import Message
 from qscope_jax.errors import ConfigError, SourceError
@@ -138,8 +141,8 @@ class ChatTemplate:
             inner = last
         # What both share, but no token cut in two: `<|im_end|>` and `<|im_start|>` begin alike.
         shared = len(os.path.commonprefix([last, inner]))
-        offsets = self._tokenizer(last, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        whole = last[: max((end for _, end in offsets if end <= shared), default=0)]
+        ((_, offsets),) = spanning_tokens(self._tokenizer, [last])
+        whole = last[: max((end for _, end in offsets.tolist() if end <= shared), default=0)]
         end = whole.rstrip() or whole or last.rstrip() or last
         if not end:
             raise ConfigError(f"{self.name} writes nothing after an answer, so no model would learn to stop; let it write the tokenizer's eos_token")
@@ -161,7 +164,7 @@ class ChatTemplate:
         begin = next((place for place in places if text.startswith(place)), None)
         end = len(text) - len(after)
         if begin is None or not text.endswith(after) or len(begin) > end:
-            raise RefusedError("the template writes the turns around an answer by what it says")
+            raise RefusedError("the template writes other turns differently for this answer")
         return len(begin), end + self._closing(messages, turn, after)
 
     def _opening(self, messages: Sequence[Message], turn: int) -> int:
@@ -202,6 +205,24 @@ class ChatTemplate:
         except Exception as error:  # a template is a program, and fails as any
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise RefusedError(f"the template refuses it ({reason})") from error
+
+
+def spanning_tokens(tokenizer: Any, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each text its token ids [T], without any that the tokenizer would add, and the characters [T, 2] from and to which each reaches.
+
+    Raises:
+        ConfigError: the tokenizer does not know.
+    """
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        raise ConfigError("the tokenizer does not say which characters its tokens are; give a fast one, with a tokenizer.json")
+    found = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        # Faster than an array of a list of pairs, which takes as long as tokenising.
+        (np.asarray(ids, np.int32), np.fromiter(itertools.chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2))
+        for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+    ]
 
 
 def _blanked(messages: Sequence[Message]) -> list[Message]:

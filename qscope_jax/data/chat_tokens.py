@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from qscope_jax.data.chat_data import Conversation, Message
-from qscope_jax.data.chat_templates import ChatFormat, ChatTemplate, RefusedError
+from qscope_jax.data.chat_templates import ChatFormat, ChatTemplate, RefusedError, spanning_tokens
 from qscope_jax.data.texts import Slice
-from qscope_jax.errors import ConfigError, InputError
+from qscope_jax.errors import InputError
 
 _BATCH = 256  # conversations tokenised together
 
@@ -44,7 +44,7 @@ class ChatRows(Sequence[ChatRow]):
         self,
         tokens: Int32[np.ndarray, " N"],
         trained: Bool[np.ndarray, " N"],
-        offsets: Int64[np.ndarray, " rows+1"],
+        offsets: Int64[np.ndarray, " _"],
         languages: Sequence[str],
         refused: Mapping[str, int],
         truncated: int,
@@ -105,13 +105,13 @@ def chat_rows(conversations: Sequence[Conversation], tokenizer: Any, format: Cha
         first.setdefault(reason, conversation.where)
 
     for start in range(0, len(conversations), _BATCH):
-        rendered = []
+        rendered: list[tuple[Conversation, str, list[tuple[int, int]]]] = []
         for conversation in conversations[start : start + _BATCH]:
             try:
                 rendered.append((conversation, *template.answers(conversation.messages)))
             except RefusedError as refusal:
                 refuse(str(refusal), conversation)
-        for (conversation, _, spans), (tokens, offsets) in zip(rendered, _tokenise(tokenizer, [text for _, text, _ in rendered]), strict=True):
+        for (conversation, _, spans), (tokens, offsets) in zip(rendered, spanning_tokens(tokenizer, [text for _, text, _ in rendered]), strict=True):
             trained = _inside(offsets, spans)[:length]
             if not trained.any():
                 refuse(f"no answer within {length} tokens", conversation)
@@ -147,19 +147,6 @@ def turn_end_ids(tokenizer: Any, format: ChatFormat) -> list[int]:
         SourceError: its file cannot be read.
     """
     return list(tokenizer(ChatTemplate(tokenizer, format).end, add_special_tokens=False)["input_ids"])
-
-
-def _tokenise(tokenizer: Any, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each text its token ids and the characters [T, 2] that each token spans."""
-    if not texts:
-        return []
-    if not tokenizer.is_fast:
-        raise ConfigError("the tokenizer does not say which characters its tokens are; give a fast one, with a tokenizer.json")
-    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        (np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2))
-        for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
-    ]
 
 
 def _inside(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -157,18 +157,27 @@ class _JoinedTexts(_Texts):
 
 
 def _folder_texts(folder: Path, column: str, limit: int | None) -> _Documents:
-    visible = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    files = [file for file in visible if file.suffix.lower() in _READERS and file.is_file()]
-    if not files:
-        raise SourceError(f"{folder}: has no {', '.join(_READERS)} files; give a folder that has")
     parts: list[Sequence[str]] = []
-    for file in files:
+    for file in folder_files(folder, list(_READERS)):
         parts.append(_file_texts(file, column, limit))
         if limit is not None:
             limit -= len(parts[-1])
             if limit <= 0:
                 break
     return _JoinedTexts(parts)
+
+
+def folder_files(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """Files of these kinds in a folder and its subfolders, by name, hidden ones left out.
+
+    Raises:
+        SourceError: there is none.
+    """
+    visible = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    files = [file for file in visible if file.suffix.lower() in endings and file.is_file()]
+    if not files:
+        raise SourceError(f"{folder}: has no {', '.join(endings)} files; give a folder that has")
+    return files
 
 
 def _file_texts(path: Path, column: str, limit: int | None) -> _Documents:
