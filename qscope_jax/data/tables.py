@@ -49,16 +49,7 @@ class Table:
         Raises:
             InputError: there is no such column, or it holds something else.
         """
-        values = ["" if value is None else value for value in self.column(name)]
-        for value, place in zip(values, self.places, strict=True):
-            if not isinstance(value, str):
-                raise InputError(f"{self.name} {place}: column {name} holds {type(value).__name__}, expected text; choose another column")
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape; tokenizers fail on it
-                found = f"{value[error.start]!a}, which is not a character"
-                raise InputError(f"{self.name} {place}: column {name} holds {found}; mend or remove the row") from error
-        return values
+        return [read_text(value, f"{self.name} {place}", name) for value, place in zip(self.column(name), self.places, strict=True)]
 
     def classes(self, name: str) -> list[str]:
         """A column of classes, which are names: whole numbers and booleans are written out.
@@ -81,6 +72,23 @@ def read_index(value: Any, where: str, name: str) -> int:
     if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
     raise InputError(f"{where}: {name} holds {value!r}, expected a whole number from 0")
+
+
+def read_text(value: Any, where: str, name: str) -> str:
+    """A column's text; nothing reads as the empty text.
+
+    Raises:
+        InputError: it is something else; `where` it stands and the column's `name` are said.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: column {name} holds {type(value).__name__}, expected text; choose another column")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape; tokenizers fail on it
+        raise InputError(f"{where}: column {name} holds {value[error.start]!a}, which is not a character; mend or remove the row") from error
+    return value
 
 
 def load_table(source: str | Path, *, split: str = "train", limit: int | None = None) -> Table:
