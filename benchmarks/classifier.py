@@ -16,10 +16,11 @@ import numpy as np
 from benchmarks.shapes import both_sides
 from benchmarks.timing import header, paired
 from qscope_jax.features.classify.classification import FeatureRule, Term
-from qscope_jax.features.classify.feature_classifier import EncoderRows, FiringFeatures, classify_batch
+from qscope_jax.features.classify.feature_classifier import FiringFeatures, classify_batch
 from qscope_jax.features.classify.text_reading import ReadingConfig
 from qscope_jax.models.language_model import forward
 from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.encoder_rows import EncoderRows
 
 # Texts, tokens of each, features of the SAE, its k.
 SHAPES = {"tiny": (16, 64, 768, 56), "0.6b": (2, 64, 32_768, 50)}

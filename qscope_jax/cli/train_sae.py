@@ -1,20 +1,15 @@
 """`qscope train-sae`: train SAEs on a model's residual streams."""
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from qscope_jax.cli.options import Integers, check_at_least, same_named
-from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import cut_texts, open_model
 from qscope_jax.cli.training_data import TrainingTextOptions, split_documents, tokenize_documents
-from qscope_jax.data.files import plain
-from qscope_jax.errors import ConfigError, SourceError
+from qscope_jax.cli.training_run import RunOptions, check_run, run_to_end
+from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from qscope_jax.models.language_model import LanguageModel
@@ -22,17 +17,13 @@ if TYPE_CHECKING:
     from qscope_jax.training.sae_config import SAEConfig
 
 _HELD_OUT = 256
-_MAY_CHANGE = {"resume", "progress", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "out", "mesh", "keep_best",
-               "keep_best_mode", "tensorboard", "wandb", "distributed"}  # fmt: skip
 _METRICS = {"fvu": "FVU", "fvu_all": "FVU, all tokens", "l0": "L0", "cossim": "cosine", "dead_fraction": "dead"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingTextOptions):
+class Config(RunOptions, TrainingTextOptions):
     """Train SAEs for one or several layers at once, on activations made on the fly or kept on disk."""
 
-    out: str
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints and, at the end, the SAEs in saes."""
     activations: str = ""
     """Folder that `qscope cache-activations` wrote, to train on instead of running the model on `data` (which then gives held-out texts alone)."""
     layers: Integers | None = None
@@ -91,60 +82,26 @@ class Config(TrainingTextOptions):
     """Leave tokens out whose residual norm exceeds this multiple of the median; 0 keeps all."""
     seed: int = 0
     """Seed of the initial directions, the order of documents and the mixing."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    eval_every: int = 0
-    """Steps between evaluations; 0 evaluates at the end only."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
-    keep_best: str = ""
-    """Held-out metric, such as fvu, whose best checkpoint is kept and exported; of the steps that are both evaluated and saved."""
-    keep_best_mode: str = "min"
-    """Whether the least (min) or the greatest (max) value is best."""
-    resume: bool = False
-    """Continue the run in the folder, with the options that it began with."""
-    progress: bool = True
-    """Show a progress bar with rate and time left."""
-    distributed: bool = False
-    """Join the run's other processes, each started with the same command: on pods and Slurm JAX finds them, elsewhere set
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
-    tensorboard: bool = False
-    """Write metrics and rates to tensorboard in the folder too; needs tensorboardX."""
-    wandb: str = ""
-    """Project of Weights & Biases that metrics and rates go to as well; needs wandb."""
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train; returns the last held-out metrics of each layer and where the SAEs are."""
     from qscope_jax.parallel.processes import from_first, is_first, join_processes
-    from qscope_jax.training.loop import LoopConfig, best_state, train
 
     if config.distributed:
         join_processes()
-    out = Path(config.out).expanduser()
-    from_first(lambda: _check(config, out))
-    loop = LoopConfig(run_dir=str(out), **same_named(LoopConfig, config))
+    out = from_first(lambda: _check(config))
     model = open_model(config.model, config.dtype, config.mesh)
     recipe = _recipe(model, config)
-    from_first(lambda: _write_config(out / "config.yaml", config))
-    state = train(recipe, loop)
-    lines = from_first(lambda: _metrics(out))
-    if not lines or lines[-1]["step"] < config.steps:
-        if is_first():
-            print(f"Stopped; continue with: qscope train-sae --config {out / 'config.yaml'} --resume")
+    end = run_to_end("train-sae", recipe, config, config.steps)
+    if end is None:
         return {"finished": False, "layers": {}}
-    exported = config.steps
-    if config.keep_best:
-        state, exported, _ = best_state(recipe, loop, state)
-    recipe.save(state, out / "saes")
-    metrics = next((line for line in reversed(lines) if line.get("held_out") and line["step"] == exported), {})
+    recipe.save(end.state, out / "saes")
     result = {
         "finished": True,
-        "step": exported,
+        "step": end.step,
         "saes": str(out / "saes"),
-        "layers": {layer: {name: metrics[name][i] for name in _METRICS} for i, layer in enumerate(recipe.layers) if metrics},
+        "layers": {layer: {name: end.held_out[name][i] for name in _METRICS} for i, layer in enumerate(recipe.layers) if end.held_out},
     }
     if is_first():
         from qscope_jax.report.run_page import write_run_page
@@ -162,26 +119,13 @@ def sae_config(config: Config, d_model: int) -> "SAEConfig":
     return SAEConfig(**{**given, "num_features": 16 * d_model if config.num_features is None else config.num_features})
 
 
-def _metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _check(config: Config, out: Path) -> None:
-    """What can be wrong before anything is loaded."""
-    check_writable(config.out, folder=True)
+def _check(config: Config) -> Path:
+    """The run's folder; what can be wrong is found before anything is loaded."""
     if config.keep_best and not config.holdout_share:
         raise ConfigError(f"keep_best is {config.keep_best}, but holdout_share 0 keeps no documents to choose by")
     check_at_least(config, 1, "model_batch", "limit", "num_features")
     check_at_least(config, 2, "sequence_length")
-    saved = out / "config.yaml"
-    if not saved.is_file():
-        return
-    if not config.resume:
-        raise SourceError(f"{config.out}: already holds a run; continue it with --resume, or choose another --out")
-    before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    for name, value in plain(dataclasses.asdict(config)).items():
-        if name not in _MAY_CHANGE and before.get(name) != value:
-            raise ConfigError(f"{saved}: the run began with {name} {before.get(name)}, not {value}; resume it with --config {saved}")
+    return check_run(config)
 
 
 def _recipe(model: "LanguageModel", config: Config) -> "SAETraining":
@@ -223,14 +167,6 @@ def _cached(model: "LanguageModel", config: Config) -> tuple[tuple[int, ...], Ca
     if first.cache.model != model.name:
         raise SourceError(f"{config.activations}: holds streams of {first.cache.model}, but the model is {model.name}; pass its --model")
     return first.layers, activations
-
-
-def _write_config(path: Path, config: Config) -> None:
-    from qscope_jax.data.files import atomic_path
-
-    with atomic_path(path) as temporary:
-        text = yaml.safe_dump(plain({**dataclasses.asdict(config), "resume": False}), sort_keys=False, allow_unicode=True)
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _show(result: dict[str, Any], out: Path) -> None:

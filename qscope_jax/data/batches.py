@@ -5,9 +5,9 @@ a prefetch thread. Packing keeps a document that fits a row in one piece; what i
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import grain
 import numpy as np
@@ -20,6 +20,9 @@ from qscope_jax.errors import ConfigError, InputError
 # batch waits for all of them and a restored iterator fills them again.
 _OPEN_ROWS = 128
 _MAX_SEED = 2**32 - 1
+
+Batch = TypeVar("Batch")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,29 +93,38 @@ def token_batches(texts: Sequence[str], tokenize: Callable[[str], Sequence[int]]
         raise InputError("there are no documents to make batches of; give at least one")
     if not any(_token_ids(tokenize, text).size for text in texts):
         raise InputError(f"none of the {len(texts)} documents has any tokens; give texts that are not blank")
-    return TokenBatchIterator(_pipeline(texts, tokenize, config), documents=len(texts), config=config)
+    rows = packed_rows(texts, lambda text: {"tokens": _token_ids(tokenize, text)}, ("tokens",), config)
+    return BatchIterator(rows, _token_batch, {"documents": len(texts)}, config)
 
 
-class TokenBatchIterator(Iterator[TokenBatch]):
-    """Batches in order, with a place that can be saved and returned to. Made by `token_batches`."""
+class BatchIterator(Iterator[Batch], Generic[Batch]):
+    """Batches in order, with a place that can be saved and returned to."""
 
-    def __init__(self, dataset: grain.IterDataset, *, documents: int, config: BatchConfig) -> None:
-        """Stand before the first batch of `dataset`, whose elements are dictionaries of packed rows."""
-        self._dataset = dataset
+    def __init__(
+        self, dataset: grain.IterDataset, make: Callable[[Mapping[str, np.ndarray]], Batch], data: Mapping[str, Any], config: BatchConfig
+    ) -> None:
+        """Stand before the first batch.
+
+        Args:
+            dataset: What `packed_rows` gives.
+            make: A batch of its arrays.
+            data: What tells these documents from others, for states.
+            config: Sizes and order.
+        """
+        self._dataset, self._make = dataset, make
         self._iterator = iter(dataset)
         # What must agree for a saved place to mean the same batch. A longer run and another prefetch depth may continue a shorter one.
         identity = asdict(config)
         del identity["epochs"], identity["prefetch"]
-        self._identity: dict[str, Any] = {"documents": documents, **identity}
+        self._identity: dict[str, Any] = {**data, **identity}
 
-    def __next__(self) -> TokenBatch:
+    def __next__(self) -> Batch:
         """Next batch, of shape [batch_size, length].
 
         Raises:
             StopIteration: a finite run is over.
         """
-        rows = next(self._iterator)
-        return TokenBatch(rows["tokens"], rows["tokens_segment_ids"], rows["tokens_positions"])
+        return self._make(next(self._iterator))
 
     def get_state(self) -> dict[str, Any]:
         """Place after the last batch that was handed out: a small dictionary that JSON can hold."""
@@ -144,6 +156,9 @@ class TokenBatchIterator(Iterator[TokenBatch]):
         self._iterator.close()
 
 
+TokenBatchIterator: TypeAlias = BatchIterator[TokenBatch]
+
+
 def pad_batch(token_lists: Sequence[Sequence[int]], *, length: int, side: Literal["left", "right"] = "right") -> TokenBatch:
     """One row for each list of tokens, padded to `length` on the given side.
 
@@ -173,18 +188,29 @@ def pad_batch(token_lists: Sequence[Sequence[int]], *, length: int, side: Litera
     return TokenBatch(tokens_BT, segment_ids_BT, positions_BT)
 
 
-def _pipeline(texts: Sequence[str], tokenize: Callable[[str], Sequence[int]], config: BatchConfig) -> grain.IterDataset:
-    documents = grain.MapDataset.range(len(texts)).repeat(config.epochs).map_with_index(_Shuffled(texts, config.seed).document)
+def packed_rows(
+    items: Sequence[Item], arrays: Callable[[Item], Mapping[str, np.ndarray]], names: Sequence[str], config: BatchConfig
+) -> grain.IterDataset:
+    """Shuffled items in packed rows, in batches: what every kind of batch is made of.
+
+    Args:
+        items: Read by index, in an order of their own in each epoch.
+        arrays: An item's arrays by name, all of one length.
+        names: Their names. Segments and positions come as `<first name>_segment_ids` and `<first name>_positions`; padding is 0.
+        config: Sizes and order.
+    """
+    shuffled = grain.MapDataset.range(len(items)).repeat(config.epochs).map_with_index(_Shuffled(items, config.seed).item)
     # No reader threads: tokenizers are not always safe to share, and one thread keeps up (see `prefetch`).
-    one_by_one = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    rows = experimental.FlatMapIterDataset(one_by_one, _Pieces(tokenize, config.length, every=config.pack))
+    one_by_one = shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    rows = experimental.FlatMapIterDataset(one_by_one, _Pieces(arrays, config.length, every=config.pack))
     rows = experimental.BestFitPackIterDataset(
         rows,
-        length_struct={"tokens": config.length},
+        length_struct={name: config.length for name in names},
         num_packing_bins=_OPEN_ROWS,
         seed=config.seed,
         # Early rows are fuller than late ones, so without this the last batches would be the padded ones.
         shuffle_bins=config.pack,
+        meta_features=names[1:],
         max_sequences_per_bin=None if config.pack else 1,
     )
     fill_up = functools.partial(experimental.batch_and_pad, batch_size=config.batch_size)
@@ -194,37 +220,43 @@ def _pipeline(texts: Sequence[str], tokenize: Callable[[str], Sequence[int]], co
     return batches
 
 
-class _Shuffled:
-    """Documents in an order of their own for each epoch.
+class _Shuffled(Generic[Item]):
+    """Items in an order of their own for each epoch.
 
-    Instead of grain's `shuffle`, which takes milliseconds a document where there are fewer than a hundred of them.
+    Instead of grain's `shuffle`, which takes milliseconds an item where there are fewer than a hundred of them.
     """
 
-    def __init__(self, texts: Sequence[str], seed: int) -> None:
-        self._texts = texts
+    def __init__(self, items: Sequence[Item], seed: int) -> None:
+        self._items = items
         self._seed = seed
         self._epoch = -1
         self._order = np.zeros(0, np.int64)
 
-    def document(self, index: int, _: int) -> str:
-        epoch, place = divmod(index, len(self._texts))
+    def item(self, index: int, _: int) -> Item:
+        epoch, place = divmod(index, len(self._items))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._texts))
-        return self._texts[int(self._order[place])]
+            self._epoch, self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._items))
+        return self._items[int(self._order[place])]
 
 
 class _Pieces(experimental.FlatMapTransform):
-    """A document as consecutive pieces of at most `length` tokens: all of them, or the first alone."""
+    """An item as consecutive pieces of at most `length` tokens: all of them, or the first alone."""
 
-    def __init__(self, tokenize: Callable[[str], Sequence[int]], length: int, *, every: bool) -> None:
-        self._tokenize = tokenize
+    def __init__(self, arrays: Callable[[Any], Mapping[str, np.ndarray]], length: int, *, every: bool) -> None:
+        self._arrays = arrays
         self._length = length
         self._every = every
 
-    def flat_map(self, element: str) -> list[dict[str, np.ndarray]]:
-        tokens = _token_ids(self._tokenize, element)
-        end = len(tokens) if self._every else min(len(tokens), self._length)
-        return [{"tokens": tokens[start : start + self._length]} for start in range(0, end, self._length)]
+    def flat_map(self, element: Any) -> list[dict[str, np.ndarray]]:
+        arrays = self._arrays(element)
+        whole = len(next(iter(arrays.values())))
+        end = whole if self._every else min(whole, self._length)
+        pieces = (slice(start, start + self._length) for start in range(0, end, self._length))
+        return [{name: values[piece] for name, values in arrays.items()} for piece in pieces]
+
+
+def _token_batch(rows: Mapping[str, np.ndarray]) -> TokenBatch:
+    return TokenBatch(rows["tokens"], rows["tokens_segment_ids"], rows["tokens_positions"])
 
 
 def _token_ids(tokenize: Callable[[str], Sequence[int]], text: str) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 import contextlib
 import itertools
-import json
-import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,9 +120,6 @@ def _load(name: str, source: str, adapter: Adapter | None, split: str | None) ->
         if adapter is None or not adapter.files:
             raise SourceError(f"{source}: is a folder, expected a file for benchmark {name!r}")
         return _joined(source, _file_tables(Path(source).expanduser(), adapter))
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".json" and path.is_file() and _starts_a_list(path):
-        return _json_list(path)
     dataset, split = split_source(source, split or (adapter.split if adapter else "test"))
     return load_table(dataset, split=split)
 
@@ -169,7 +164,7 @@ def _file_tables(folder: Path, adapter: Adapter) -> list[Table]:
         paths = sorted({path for pattern in adapter.files for path in root.rglob(pattern) if path.is_file()})
         if not paths:
             raise SourceError(f"{folder}: has no files {', '.join(adapter.files)}, which {adapter.title} consists of; give the folder that has")
-        return [_with_lookup(_one_file(path), path, adapter) for path in paths]
+        return [_with_lookup(load_table(path), path, adapter) for path in paths]
 
 
 @contextlib.contextmanager
@@ -187,10 +182,6 @@ def _unpacked(folder: Path, archive: str) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _one_file(path: Path) -> Table:
-    return _json_list(path) if path.suffix.lower() == ".json" and _starts_a_list(path) else load_table(path)
-
-
 def _with_lookup(table: Table, path: Path, adapter: Adapter) -> Table:
     if adapter.lookup is None:
         return table
@@ -204,22 +195,6 @@ def _with_lookup(table: Table, path: Path, adapter: Adapter) -> Table:
             raise SourceError(f"{path} {place}: names {here} {row[here]!r}, which {second.name} lacks; get both files again")
         rows.append({**by_key[str(row[here])], **row})
     return Table(table.name, tuple(rows), table.places)
-
-
-def _starts_a_list(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return re.match(rb"(\xef\xbb\xbf)?\s*\[", file.read(256)) is not None
-
-
-def _json_list(path: Path) -> Table:
-    """Rows of a file that is one JSON list."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: is not JSON ({first_line(error)}); expected a list of objects, or one object a line") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise SourceError(f"{path}: holds something else than a list of JSON objects; expected one for each sample")
-    return Table(str(path), tuple(rows), tuple(f"item {index}" for index in range(len(rows))))
 
 
 def _joined(name: str, tables: Sequence[Table]) -> Table:

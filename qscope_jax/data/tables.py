@@ -2,12 +2,14 @@
 
 import csv
 import itertools
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qscope_jax.data.texts import check_column, first_line, hub_errors, json_row, text_lines
+from qscope_jax.data.texts import check_column, first_line, folder_files, hub_errors, json_row, text_lines
 from qscope_jax.errors import InputError, SourceError
 
 
@@ -49,16 +51,7 @@ class Table:
         Raises:
             InputError: there is no such column, or it holds something else.
         """
-        values = ["" if value is None else value for value in self.column(name)]
-        for value, place in zip(values, self.places, strict=True):
-            if not isinstance(value, str):
-                raise InputError(f"{self.name} {place}: column {name} holds {type(value).__name__}, expected text; choose another column")
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape; tokenizers fail on it
-                found = f"{value[error.start]!a}, which is not a character"
-                raise InputError(f"{self.name} {place}: column {name} holds {found}; mend or remove the row") from error
-        return values
+        return [read_text(value, f"{self.name} {place}", name) for value, place in zip(self.column(name), self.places, strict=True)]
 
     def classes(self, name: str) -> list[str]:
         """A column of classes, which are names: whole numbers and booleans are written out.
@@ -83,6 +76,23 @@ def read_index(value: Any, where: str, name: str) -> int:
     raise InputError(f"{where}: {name} holds {value!r}, expected a whole number from 0")
 
 
+def read_text(value: Any, where: str, name: str) -> str:
+    """A column's text; nothing reads as the empty text.
+
+    Raises:
+        InputError: it is something else; `where` it stands and the column's `name` are said.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: column {name} holds {type(value).__name__}, expected text; choose another column")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape; tokenizers fail on it
+        raise InputError(f"{where}: column {name} holds {value[error.start]!a}, which is not a character; mend or remove the row") from error
+    return value
+
+
 def load_table(source: str | Path, *, split: str = "train", limit: int | None = None) -> Table:
     """Read rows into memory; see `stream_rows`.
 
@@ -100,7 +110,8 @@ def stream_rows(source: str | Path, *, split: str = "train", limit: int | None =
     """Rows in order, each with the place where it stands (`line 3`, `row 3`), read as they are asked for.
 
     Args:
-        source: A `.jsonl` or `.json` file (one JSON object a line), a `.parquet` or `.csv` file, or a dataset on the hub: `owner/name`, or
+        source: A `.jsonl` file (one JSON object a line), a `.json` file (the same, or one list of objects), a `.parquet` or `.csv` file, a folder
+            of these (all of them, by name, subfolders included; a place then names the file), or a dataset on the hub: `owner/name`, or
             `owner/name:configuration`.
         split: Split of a hub dataset.
         limit: At most this many rows. A hub dataset is then streamed instead of downloaded, unless the hub is offline.
@@ -113,7 +124,9 @@ def stream_rows(source: str | Path, *, split: str = "train", limit: int | None =
         raise InputError(f"limit is {limit}; expected 1 row or more")
     path = Path(source).expanduser()
     kind = path.suffix.lower()
-    if path.is_dir() or kind == ".txt" or (path.exists() and kind not in _READERS):
+    if path.is_dir():
+        return itertools.islice(_folder_rows(path), limit)
+    if kind == ".txt" or (path.exists() and kind not in _READERS):
         raise SourceError(f"{source}: is no table; give a file of {', '.join(_READERS)} with named columns, or a hub dataset")
     if not path.exists() and kind in _READERS:
         raise SourceError(f"{source}: no such file")
@@ -122,7 +135,30 @@ def stream_rows(source: str | Path, *, split: str = "train", limit: int | None =
     return _hub_rows(str(source), split, limit)
 
 
+def _folder_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in folder_files(folder, list(_READERS)):
+        for place, row in _READERS[path.suffix.lower()](path):
+            yield f"{path.relative_to(folder)} {place}", row
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open(path, "rb") as file:
+        is_list = path.suffix.lower() == ".json" and re.match(rb"(\xef\xbb\xbf)?\s*\[", file.read(256)) is not None
+    return _json_list(path) if is_list else _json_lines(path)
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: is not JSON ({first_line(error)}); expected a list of objects, or one object a line") from error
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise SourceError(f"{path} item {index}: holds a JSON {type(row).__name__}; expected an object")
+        yield f"item {index}", row
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in text_lines(path):
         if line.text.strip():
             yield f"line {line.number}", json_row(line.text, f"{path} line {line.number}")

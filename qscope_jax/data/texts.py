@@ -14,11 +14,13 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 
 from qscope_jax.errors import InputError, SourceError
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+
+Item = TypeVar("Item")
 
 
 def load_texts(source: str | Path, *, column: str = "text", split: str = "train", limit: int | None = None) -> Sequence[str]:
@@ -60,24 +62,24 @@ def load_texts(source: str | Path, *, column: str = "text", split: str = "train"
     return texts
 
 
-class Slice(Sequence[str]):
+class Slice(Sequence[Item]):
     """Some documents of a collection, read when they are asked for."""
 
-    def __init__(self, texts: Sequence[str], indices: range):
+    def __init__(self, items: Sequence[Item], indices: range):
         """Show the documents at `indices`."""
-        self._texts, self._indices = texts, indices
+        self._items, self._indices = items, indices
 
     def __len__(self) -> int:
         """Number of documents."""
         return len(self._indices)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, index: slice) -> "Slice": ...
-    def __getitem__(self, index: int | slice) -> "str | Slice":
+    def __getitem__(self, index: slice) -> "Slice[Item]": ...
+    def __getitem__(self, index: int | slice) -> "Item | Slice[Item]":
         """A document, or some of them, still unread."""
-        return Slice(self._texts, self._indices[index]) if isinstance(index, slice) else self._texts[self._indices[index]]
+        return Slice(self._items, self._indices[index]) if isinstance(index, slice) else self._items[self._indices[index]]
 
 
 # Documents of type str, unread: a checker of types that samples elements would read, and fail on, a damaged row before its time.
@@ -155,18 +157,27 @@ class _JoinedTexts(_Texts):
 
 
 def _folder_texts(folder: Path, column: str, limit: int | None) -> _Documents:
-    visible = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    files = [file for file in visible if file.suffix.lower() in _READERS and file.is_file()]
-    if not files:
-        raise SourceError(f"{folder}: has no {', '.join(_READERS)} files; give a folder that has")
     parts: list[Sequence[str]] = []
-    for file in files:
+    for file in folder_files(folder, list(_READERS)):
         parts.append(_file_texts(file, column, limit))
         if limit is not None:
             limit -= len(parts[-1])
             if limit <= 0:
                 break
     return _JoinedTexts(parts)
+
+
+def folder_files(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """Files of these kinds in a folder and its subfolders, by name, hidden ones left out.
+
+    Raises:
+        SourceError: there is none.
+    """
+    visible = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    files = [file for file in visible if file.suffix.lower() in endings and file.is_file()]
+    if not files:
+        raise SourceError(f"{folder}: has no {', '.join(endings)} files; give a folder that has")
+    return files
 
 
 def _file_texts(path: Path, column: str, limit: int | None) -> _Documents:

@@ -30,9 +30,13 @@ def monolinguality(readouts: Mapping[str, Readout]) -> dict[str, Float[np.ndarra
         raise ShapeError(f"readouts are of {found}; give those of one SAE")
     if silent := [language for language, readout in readouts.items() if not readout.counted_tokens]:
         raise InputError(f"no token of language {silent[0]} counts: the first token of a text is left out; give longer texts")
-    means = {language: readout.means()[0] for language, readout in readouts.items()}
-    total = np.sum(list(means.values()), axis=0)
-    return {language: mean - (total - mean) / (len(means) - 1) for language, mean in means.items()}
+    means_KF = np.stack([readout.means()[0] for readout in readouts.values()])
+    return dict(zip(readouts, monolinguality_of_means(means_KF), strict=True))
+
+
+def monolinguality_of_means(means_KF: Float[np.ndarray, "K F"]) -> Float[np.ndarray, "K F"]:
+    """Monolinguality (nu) from the mean activations (mu) on two or more languages: each mean less the mean of the others."""
+    return means_KF - (means_KF.sum(axis=0) - means_KF) / (len(means_KF) - 1)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qscope_jax.models.low_rank import LowRank
+
 
 def precision_for(dtype: jnp.dtype) -> jax.lax.Precision:
     """Matmul precision for operands of `dtype`: float32 means float32.
@@ -13,11 +15,15 @@ def precision_for(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def linear(x: Float[Array, "*B I"], w_OI: Float[Array, "O I"]) -> Float[Array, "*B O"]:
+def linear(x: Float[Array, "*B I"], w_OI: Float[Array, "O I"] | LowRank) -> Float[Array, "*B O"]:
     """`x @ w.T` with the weight as Hugging Face stores it, [out, in]: loading is a plain copy and no transpose is ever made.
 
-    A weight that the checkpoint keeps in another dtype than the activations is cast to theirs.
+    A weight that the checkpoint keeps in another dtype than the activations is cast to theirs. A weight with a low-rank update is applied in
+    its two parts.
     """
+    if isinstance(w_OI, LowRank):
+        update = linear(linear(x, w_OI.lora_A[...]), w_OI.lora_B[...])
+        return linear(x, jax.lax.stop_gradient(w_OI.base[...])) + jnp.asarray(w_OI.scale, x.dtype) * update
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, w_OI.astype(x.dtype), contract, precision=precision_for(x.dtype))
 

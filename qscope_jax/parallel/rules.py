@@ -62,6 +62,9 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "dt_bias": ("heads",),
     "delta_norm": ("head",),
     "out_proj": ("embed", "heads"),
+    # Low-rank updates are small; their weight keeps its own name above them in the path.
+    "lora_A": ("single", "single"),
+    "lora_B": ("single", "single"),
     "W_enc": ("features", "model"),
     "W_dec": ("features", "model"),
     "b_enc": ("features",),

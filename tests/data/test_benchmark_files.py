@@ -67,7 +67,7 @@ def test_icleval_is_files_of_one_list_each(tmp_path):
     assert load_benchmark("icleval", str(tmp_path)).prompts == ("copy: go", "learn: go")
     assert load_benchmark("icleval", str(tmp_path / "copy.json")).prompts == ("copy: go",)
     (tmp_path / "learn.json").write_text("[1]")
-    with pytest.raises(SourceError, match="holds something else than a list of JSON objects"):
+    with pytest.raises(SourceError, match="item 0: holds a JSON int; expected an object"):
         load_benchmark("icleval", str(tmp_path))
 
 

@@ -60,9 +60,10 @@ def test_rows_without_a_class_are_refused(tmp_path, kind, labels, column, said):
 
 def test_a_source_that_can_hold_no_labels_is_refused(tmp_path):
     (tmp_path / "t.txt").write_text("a\n")
-    for source in (tmp_path, tmp_path / "t.txt"):
-        with pytest.raises(SourceError, match="is no table; give a file of"):
-            load_labelled_texts(source)
+    with pytest.raises(SourceError, match="is no table; give a file of"):
+        load_labelled_texts(tmp_path / "t.txt")
+    with pytest.raises(SourceError, match="has no .jsonl, .json, .parquet, .csv files"):
+        load_labelled_texts(tmp_path)
     with pytest.raises(SourceError, match="no such file"):
         load_labelled_texts(tmp_path / "none.jsonl")
     with pytest.raises(SourceError, match="all rows are blank"):

@@ -34,6 +34,31 @@ def test_every_kind_of_file_gives_the_same_rows(table_file):
         table.column("nothing")
 
 
+def test_a_json_file_may_be_one_list_or_an_object_a_line(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text("\ufeff \n" + json.dumps(ROWS, indent=1), encoding="utf-8")
+    table = load_table(path)
+    assert table.texts("text") == ["a,b", "c"] and table.places == ("item 0", "item 1")
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    assert load_table(path).places == ("line 1", "line 2")
+
+
+def test_a_folder_is_its_files_by_name_and_places_say_which(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.csv").write_text("text\nthree\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / ".hidden.jsonl").write_text("[")
+    (tmp_path / "read.me").write_text("no rows")
+    table = load_table(tmp_path)
+    assert table.texts("text") == ["one", "two", "three"] and table.places == ("a.jsonl line 1", "a.jsonl line 2", "sub/b.csv row 0")
+    assert load_table(tmp_path, limit=1).texts("text") == ["one"]
+    with pytest.raises(InputError, match="sub/b.csv row 0: has no column 'label'"):
+        table.select([2]).column("label")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SourceError, match=r"none: has no .jsonl, .json, .parquet, .csv files"):
+        load_table(tmp_path / "none")
+
+
 def test_a_hub_dataset_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -48,6 +73,8 @@ def test_a_hub_dataset_that_is_not_there_is_named(monkeypatch):
         ("t.jsonl", b"", "holds no rows"),
         ("t.csv", b"a,b\n1,2,3\n", "row 0: has another number of cells"),
         ("t.csv", b"a,b\n\xff\n", "is not CSV in UTF-8"),
+        ("t.json", b'[{"a": 1}, 2]', "item 1: holds a JSON int; expected an object"),
+        ("t.json", b'[{"a": 1}', "is not JSON .*; expected a list of objects, or one object a line"),
         ("t.parquet", b"PAR1", "is not a complete Parquet file"),
         ("t.txt", b"words", "is no table"),
     ],

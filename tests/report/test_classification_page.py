@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from tests.features.classify.test_classification import table
 
 from qscope_jax.features.classify.classification import RuleConfig
 from qscope_jax.features.classify.classification_study import StudyConfig, example_texts, study
 from qscope_jax.features.classify.labelled_data import label_data
 from qscope_jax.report.classification_page import Example, write_classification_page
+from tests.features.classify.test_classification import table
 
 CONFIG = StudyConfig(ks=(1, 2), rule=RuleConfig(k=2), shares=(0.5, 1.0), seeds=2, samples=50)
 

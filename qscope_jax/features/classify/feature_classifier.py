@@ -33,9 +33,9 @@ from qscope_jax.features.classify.thresholds import Criterion
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.sae.autoencoder import SparseAutoencoder
+from qscope_jax.sae.encoder_rows import EncoderRows, encoder_rows
 from qscope_jax.sae.formats.mapped_tensors import map_safetensors, write_safetensors
 from qscope_jax.sae.layer_sae import LayerSAE
-from qscope_jax.sae.selection import pre_activations
 
 Reading: TypeAlias = Literal["top_k", "pre_activation"]
 
@@ -43,19 +43,6 @@ FORMAT = "qscope_jax classifier"
 VERSION = 1
 CONFIG_FILE = "classifier.json"
 ROWS_FILE = "rows.safetensors"
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class EncoderRows:
-    """The rows of an encoder that belong to W features; `b` has the decoder's bias in it where the encoder subtracts it."""
-
-    W: Float[Array, "W D"]
-    b: Float[Array, " W"]
-
-    def activations(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N W"]:
-        """Positive parts of the pre-activations."""
-        return jnp.maximum(pre_activations(x_ND.astype(jnp.float32), self.W, self.b), jnp.float32(0))
 
 
 @jax.tree_util.register_dataclass
@@ -143,7 +130,7 @@ class FeatureClassifier:
         by_layer = {one.layer: one for one in saes}
         if missing := [layer for layer in rule.layers if layer not in by_layer]:
             raise InputError(f"the rule reads layer {missing[0]}; SAEs are of layers {', '.join(map(str, by_layer))}")
-        rows = {layer: _encoder_rows(by_layer[layer], _features(rule, layer)) for layer in rule.layers}
+        rows = {layer: encoder_rows(by_layer[layer], _features(rule, layer)) for layer in rule.layers}
         return cls(rule, "top_k", positive, negative, rows, model, sae, texts or ReadingConfig())
 
     def by_pre_activation(
@@ -232,8 +219,8 @@ class FeatureClassifier:
         """
         for layer, rows in self.rows.items():
             model.check_layer(layer)
-            if rows.W.shape[1] != model.config.d_model:
-                found = f"residual streams {rows.W.shape[1]} wide ({self.model}), but {model.name} has width {model.config.d_model}"
+            if rows.W_SD.shape[1] != model.config.d_model:
+                found = f"residual streams {rows.W_SD.shape[1]} wide ({self.model}), but {model.name} has width {model.config.d_model}"
                 raise ShapeError(f"the classifier reads {found}; give the model it was fitted with")
 
     def save(self, path: str | Path) -> None:
@@ -249,16 +236,16 @@ class FeatureClassifier:
             "model": self.model, "sae": self.sae, "texts": asdict(self.texts), "terms": [asdict(term) for term in self.rule.terms],
             "facts": dict(self.facts),
         }  # fmt: skip
-        tensors = {f"layer{layer}.{name}": np.asarray(getattr(rows, name)) for layer, rows in self.rows.items() for name in ("W", "b")}
+        tensors = {f"layer{layer}.{name}": np.asarray(array) for layer, rows in self.rows.items() for name, array in rows.tensors().items()}
         with atomic_path(target, directory=True) as folder:
             write_safetensors(folder / ROWS_FILE, tensors)
             write_json(folder / CONFIG_FILE, facts)
 
     def _check_sae(self, sae: LayerSAE, features: Sequence[int]) -> None:
-        if max(features) < sae.num_features and self.rows[sae.layer].W.shape[1] == sae.d_model:
-            ours, theirs = self.rows[sae.layer], _encoder_rows(sae, features)
+        if max(features) < sae.num_features and self.rows[sae.layer].W_SD.shape[1] == sae.d_model:
+            ours, theirs = self.rows[sae.layer], encoder_rows(sae, features)
             # Copies in bfloat16 and in float32 are the same SAE.
-            if np.allclose(ours.W, theirs.W, rtol=0.02, atol=0.02 * float(np.abs(ours.W).mean())):
+            if np.allclose(ours.W_SD, theirs.W_SD, rtol=0.02, atol=0.02 * float(np.abs(ours.W_SD).mean())):
                 return
         source = sae.metadata.get("source", "this SAE")
         raise ShapeError(f"{source}: is another SAE of layer {sae.layer} than that of the fit, which is from {self.sae}; give that one")
@@ -292,7 +279,7 @@ def load_classifier(path: str | Path) -> FeatureClassifier:
     try:
         rule = FeatureRule(tuple(Term(**term) for term in facts["terms"]))
         rows = {layer: EncoderRows(*(jnp.asarray(tensors[f"layer{layer}.{name}"], jnp.float32) for name in ("W", "b"))) for layer in rule.layers}
-        if facts["reading"] not in ("top_k", "pre_activation") or any(len(rows[t].b) != len(_features(rule, t)) for t in rule.layers) or not rows:
+        if facts["reading"] not in ("top_k", "pre_activation") or any(len(rows[t].b_S) != len(_features(rule, t)) for t in rule.layers) or not rows:
             raise ValueError("its parts do not fit each other")
         reading, positive, negative = (facts[name] for name in ("reading", "positive", "negative"))
         return FeatureClassifier(
@@ -339,13 +326,3 @@ def classify_batch(
 
 def _features(rule: FeatureRule, layer: int) -> list[int]:
     return [term.feature for term in rule.terms if term.layer == layer]
-
-
-def _encoder_rows(sae: LayerSAE, features: Sequence[int]) -> EncoderRows:
-    """Rows of the encoder in float32, on one device."""
-    inner, chosen = sae.autoencoder, np.asarray(features)
-    W = np.asarray(inner.W_enc[...][chosen], np.float32)
-    b = np.asarray(inner.b_enc[...][chosen], np.float32)
-    if inner.apply_b_dec_to_input:
-        b = b - W @ np.asarray(inner.b_dec[...], np.float32)
-    return EncoderRows(jnp.asarray(W), jnp.asarray(b))

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from tests.features.classify.test_classification import f1, table
 
 from qscope_jax.errors import InputError
 from qscope_jax.features.classify.classification import RuleConfig, firing_differences, top_features
 from qscope_jax.features.classify.classification_report import data_efficiency, jaccard, multi_layer, score_rule, sweep, transfer
 from qscope_jax.features.classify.labelled_data import LabelledHalves
+from tests.features.classify.test_classification import f1, table
 
 F = 12
 

@@ -96,16 +96,6 @@ def _discovery(labelled):
     return labelled[0][:40], np.array([label == "shout" for label in labelled[1][:40]])
 
 
-def test_an_encoder_that_subtracts_the_decoders_bias_has_it_in_its_rows(character_model, saes):
-    from qscope_jax.features.classify.feature_classifier import _encoder_rows
-
-    sae = saes[0].autoencoder
-    subtracting = SparseAutoencoder(sae.W_enc[...], sae.W_dec[...], sae.b_enc[...], sae.b_dec[...], k=sae.k, apply_b_dec_to_input=True)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 32)), jnp.float32)
-    rows = _encoder_rows(LayerSAE(subtracting, 0), [3, 7])
-    np.testing.assert_allclose(rows.activations(x), jnp.maximum(subtracting.pre_activations(x, jnp.asarray([3, 7])), 0), atol=1e-4)
-
-
 @pytest.mark.parametrize("reading", ["top_k", "pre_activation"])
 def test_what_is_saved_answers_the_same(reading, character_model, shout_saes, labelled, tmp_path):
     config = ClassifierConfig(RuleConfig(k=2, layers=2, thresholds="f1"), reading, samples=10)
@@ -136,7 +126,7 @@ def test_another_model_or_sae_than_that_of_the_fit_is_refused(character_model, f
     deep = replace(fitted, rows={7: fitted.rows[1]})
     with pytest.raises(InputError, match="layer 7 is out of range"):
         list(deep.predict(character_model, text, shout_saes))
-    narrow = replace(fitted, rows={1: replace(fitted.rows[1], W=fitted.rows[1].W[:, :8])})
+    narrow = replace(fitted, rows={1: replace(fitted.rows[1], W_SD=fitted.rows[1].W_SD[:, :8])})
     with pytest.raises(ShapeError, match="8 wide .*has width 32"):
         list(narrow.predict(character_model, text, shout_saes))
 

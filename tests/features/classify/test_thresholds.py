@@ -2,9 +2,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tests.features.classify.test_classification import ACTIVATIONS, classes, f1
 
 from qscope_jax.features.classify.thresholds import best_threshold, tune_thresholds
+from tests.features.classify.test_classification import ACTIVATIONS, classes, f1
 
 
 @given(ACTIVATIONS, st.sampled_from(["f1", "balanced"]), st.sampled_from([None, 0.0]))
