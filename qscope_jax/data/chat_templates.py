@@ -88,7 +88,7 @@ class ChatTemplate:
             SourceError: its file cannot be read.
         """
         self._tokenizer, self._format = tokenizer, format
-        self._template = BUILT_IN.get(format.template) or (_read(format.template) if format.template else None)
+        self._template = BUILT_IN.get(format.template) or (read_template(format.template) if format.template else None)
         self.name = f"chat template {format.template!r}" if format.template else "the tokenizer's chat template"
         if self._template is None and not tokenizer.chat_template:
             raise ConfigError(f"the tokenizer has no chat template; set template to one of {', '.join(BUILT_IN)} or to a Jinja file")
@@ -228,7 +228,13 @@ def _blanked(messages: Sequence[Message]) -> list[Message]:
     return [message._replace(content=_BLANK) for message in messages]
 
 
-def _read(template: str) -> str:
+def read_template(template: str) -> str:
+    """The Jinja text of a file.
+
+    Raises:
+        ConfigError: there is no such file, or it is empty.
+        SourceError: it cannot be read.
+    """
     path = Path(template).expanduser()
     if not path.is_file():
         raise ConfigError(f"chat template {template!r}: is neither built in ({', '.join(BUILT_IN)}) nor a file; give one of these or a Jinja file")
