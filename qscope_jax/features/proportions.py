@@ -1,10 +1,10 @@
-"""Shares with intervals: of independent trials by Wilson's score interval, of trials that come in clusters by resampling clusters."""
+"""Shares and means with intervals: of independent trials by Wilson's, of those that come in clusters by taking a cluster as a whole."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int, Shaped
 from scipy.stats import norm
 
 from qscope_jax.errors import InputError
@@ -83,6 +83,28 @@ def pooled_difference(
     if successes in (0, trials) or counts.shape[1] == 1:
         return Interval(change, math.nan, math.nan)
     return Interval(change, *_bounds(counts, lambda sums: sums[2] / sums[3] - sums[0] / sums[1], level, samples, seed))
+
+
+def clustered_mean(
+    values_NX: Float[np.ndarray, "N X"], clusters_N: Shaped[np.ndarray, " N"]
+) -> tuple[Float[np.ndarray, " X"], Float[np.ndarray, " X"]]:
+    """Mean over N values that come in clusters, and its standard error; where every cluster is one value, it is the usual one.
+
+        error^2 = G / (G - 1) * sum over G clusters of (sum of its deviations from the mean)^2 / N^2
+
+    The mean is NaN where there are no values, the error where there are fewer than two clusters.
+    """
+    count, values = len(values_NX), values_NX.astype(np.float64)
+    names, of_N = np.unique(clusters_N, return_inverse=True)
+    nothing = np.full(values.shape[1], np.nan)
+    if not count:
+        return nothing, nothing
+    mean_X = values.mean(axis=0)
+    if len(names) < 2:
+        return mean_X, nothing
+    sums_GX = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums_GX, of_N, values - mean_X)
+    return mean_X, np.sqrt((sums_GX**2).sum(axis=0) * len(names) / (len(names) - 1)) / count
 
 
 def _check(successes_P: np.ndarray, trials_P: np.ndarray, level: float, samples: int) -> None:

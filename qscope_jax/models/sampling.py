@@ -100,8 +100,11 @@ def penalise(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalt
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
-def _draw_restricted(scaled_BV: Array, keys_B: Array, sampler: Sampler) -> Array:
-    """Draw from the tokens that top-k and then top-p leave; ties at the edge are kept in vocabulary order."""
+def keep_probable(scaled_BV: Float[Array, "B V"], sampler: Sampler) -> tuple[Float[Array, "B V"], Int[Array, "B V"]]:
+    """What top-k and then top-p leave of logits: sorted, -inf where nothing is left, with the tokens that they are of.
+
+    Ties at the edge are kept in vocabulary order.
+    """
     vocabulary = scaled_BV.shape[-1]
     order_BV = jnp.argsort(-scaled_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
@@ -109,6 +112,11 @@ def _draw_restricted(scaled_BV: Array, keys_B: Array, sampler: Sampler) -> Array
     sorted_BV = jnp.where(jnp.arange(vocabulary, dtype=jnp.int32) < count, sorted_BV, -jnp.inf)
     probabilities = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept_BV = jnp.where((before_BV < sampler.top_p) | (sampler.top_p >= 1), sorted_BV, -jnp.inf)
+    return jnp.where((before_BV < sampler.top_p) | (sampler.top_p >= 1), sorted_BV, -jnp.inf), order_BV
+
+
+def _draw_restricted(scaled_BV: Array, keys_B: Array, sampler: Sampler) -> Array:
+    """Draw from the tokens that top-k and top-p leave."""
+    kept_BV, order_BV = keep_probable(scaled_BV, sampler)
     choice_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
     return jnp.take_along_axis(order_BV, choice_B[:, None], axis=-1)[:, 0]

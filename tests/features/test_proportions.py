@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from qscope_jax.errors import InputError
-from qscope_jax.features.proportions import pooled_difference, pooled_share, wilson
+from qscope_jax.features.proportions import clustered_mean, pooled_difference, pooled_share, wilson
 
 
 def counts(*values: int) -> np.ndarray:
@@ -72,6 +72,21 @@ def test_a_difference_is_of_the_same_clusters():
 def test_a_difference_of_nothings_has_no_interval():
     assert [math.isnan(bound) for bound in pooled_difference((counts(0, 0), counts(8, 8)), (counts(0, 0), counts(8, 8)))] == [False, True, True]
     assert math.isnan(pooled_difference((counts(1), counts(8)), (counts(2), counts(8))).low)
+
+
+def test_values_alone_have_the_usual_error_and_copies_tell_nothing_new():
+    values = np.random.default_rng(0).standard_normal((50, 2))
+    mean, error = clustered_mean(values, np.arange(50))
+    np.testing.assert_allclose(mean, values.mean(axis=0))
+    np.testing.assert_allclose(error, values.std(axis=0, ddof=1) / np.sqrt(50))
+    copied = clustered_mean(np.repeat(values, 8, axis=0), np.repeat(np.arange(50), 8))
+    np.testing.assert_allclose(copied, (mean, error))
+
+
+def test_a_mean_of_nothing_and_an_error_of_one_cluster_are_no_numbers():
+    assert np.isnan(clustered_mean(np.zeros((0, 2)), np.zeros(0))).all()
+    mean, error = clustered_mean(np.array([[1.0], [3.0]]), np.array([4, 4]))
+    assert mean == [2.0] and np.isnan(error).all()
 
 
 @pytest.mark.parametrize(

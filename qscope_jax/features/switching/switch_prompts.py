@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from qscope_jax.data.chat_data import Message as Turn
+from qscope_jax.data.chat_templates import ChatFormat, ChatTemplate, RefusedError
 from qscope_jax.data.tables import load_table
 from qscope_jax.errors import InputError, SourceError
 from qscope_jax.features.generation.generators import Message
@@ -105,30 +107,46 @@ def check_prompts(prompts: Sequence[SwitchPrompt], script: str) -> int:
     return sum(find_script(text, script) >= 0 for texts in by_language.values() for text in texts)
 
 
-def prompt_renderer(tokenizer: Any, *, chat: bool | None = None, template: str = "") -> Renderer:
+def prompt_renderer(tokenizer: Any, *, chat: bool | None = None, format: ChatFormat | None = None) -> Renderer:
     """How prompts become texts to continue.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        chat: Use a chat template; by default where there is one. Without, a single turn is continued as it stands, and several are written
-            below each other with their roles.
-        template: A chat template in Jinja, in the place of the tokenizer's own.
+        chat: Write prompts by a chat template; by default where there is one. Without, a single turn is continued as it stands, and several are
+            written below each other with their roles.
+        format: How conversations are written, as in training; by default the tokenizer's own template.
 
     Raises:
         InputError: a chat template is asked for and there is none.
+        ConfigError: the template is unusable.
     """
-    there = bool(template or getattr(tokenizer, "chat_template", None))
-    if chat and not there:
-        raise InputError("the tokenizer has no chat template; give one, or continue the prompts without")
-    settings: dict[str, Any] = {"chat_template": template} if template else {}
+    format = format or ChatFormat()
+    if not (uses_chat(tokenizer, format) if chat is None else chat):
+        return lambda prompt: prompt.messages[0][1] if len(prompt.messages) == 1 else DIALOGUE.render(_conversation(prompt))
+    if not uses_chat(tokenizer, format):
+        raise InputError("the tokenizer has no chat template; name one, or continue the prompts as they stand")
+    template = ChatTemplate(tokenizer, format)
+    # A tokenizer that begins every text with a token of its own would write what the template has written already.
+    begin = getattr(tokenizer, "bos_token", None) or ""
+    twice = bool(begin) and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == tokenizer(begin, add_special_tokens=False)["input_ids"]
 
     def render(prompt: SwitchPrompt) -> str:
-        turns: list[Message] = [{"role": role, "content": content} for role, content in prompt.messages]
-        if there and chat is not False:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **settings)
-        return turns[0]["content"] if len(turns) == 1 else DIALOGUE.render(turns)
+        try:
+            text = template.prompt([Turn(*message) for message in prompt.messages])
+        except RefusedError as refusal:
+            raise InputError(f"{template.name} gives no prompt for {prompt.messages[-1][1][:40]!r}: {refusal}; choose another template") from refusal
+        return text.removeprefix(begin) if twice else text
 
     return render
+
+
+def uses_chat(tokenizer: Any, format: ChatFormat) -> bool:
+    """Whether there is a chat template, named or the tokenizer's own."""
+    return bool(format.template or getattr(tokenizer, "chat_template", None))
+
+
+def _conversation(prompt: SwitchPrompt) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in prompt.messages]
 
 
 def _turns(row: Any, column: str, where: str) -> tuple[tuple[str, str], ...]:

@@ -1,12 +1,19 @@
-"""Texts of three made languages for the character model, and SAEs in which one language has a feature of its own."""
+"""Texts of three made languages for the character model, SAEs in which one language has a feature of its own, and a model whose stream is known."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qscope_jax.features.switching.code_switching import Response
 from qscope_jax.features.switching.language_corpus import CorpusConfig
+from qscope_jax.models.decoder import Decoder
+from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.sae.autoencoder import SparseAutoencoder
 from qscope_jax.sae.layer_sae import LayerSAE
+from tests.features.switching.planted import planted_embedding, planted_head
 
 PLANTED = {1: 9, 2: 4}
 """The feature of language `zh` at each layer."""
@@ -33,6 +40,33 @@ def few() -> CorpusConfig:
 def language_saes(character_model, saes, corpus) -> list[LayerSAE]:
     """SAEs of layers 1 and 2 with random weights, but for a feature of each that reads what tokens of `zh` have and others lack."""
     return [_planted(character_model, saes[layer], corpus, feature) for layer, feature in PLANTED.items()]
+
+
+@pytest.fixture(scope="session")
+def planted_model(tiny_config, character_model) -> LanguageModel:
+    """A model in which every layer adds nothing, so that the residual stream is the token's embedding throughout."""
+
+    def plant(path, leaf) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "embedding" in name or "head" in name:
+            return jnp.asarray(planted_embedding() if "embedding" in name else planted_head())
+        return jnp.full(leaf.shape, 1.0 if "norm" in name else 0.0, leaf.dtype)
+
+    shape = jax.eval_shape(lambda: Decoder(tiny_config(tie_embeddings=False), jax.random.key(0)))
+    return LanguageModel(jax.tree_util.tree_map_with_path(plant, shape), tokenizer=character_model.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def answered(character_model) -> Callable[..., list[Response]]:
+    """Factory of answers from (prompt, text) pairs, in one language unless another is named as the third."""
+
+    def make(*pairs: tuple) -> list[Response]:
+        return [
+            Response(prompt, sample, text, *(language or ["th"]), "", tuple(character_model.tokenize([text])[0]), stopped=False)
+            for sample, (prompt, text, *language) in enumerate(pairs)
+        ]
+
+    return make
 
 
 def _planted(model, sae: LayerSAE, corpus, feature: int) -> LayerSAE:

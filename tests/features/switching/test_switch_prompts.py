@@ -2,6 +2,9 @@ import json
 
 import pytest
 
+from qscope_jax.data.chat_data import Message
+from qscope_jax.data.chat_templates import BUILT_IN, ChatFormat
+from qscope_jax.data.chat_tokens import prompt_text
 from qscope_jax.errors import InputError, SourceError
 from qscope_jax.features.switching.switch_prompts import SwitchPrompt, check_prompts, load_prompts, prompt_renderer
 
@@ -89,19 +92,42 @@ def test_prompts_without_a_language_are_refused():
 
 
 class Chatty:
-    chat_template = "own"
+    """Writes turns in brackets; every text begins with a token of its own, which the template writes too."""
 
-    def apply_chat_template(self, turns, tokenize, add_generation_prompt, chat_template="own"):
-        assert not tokenize and add_generation_prompt
-        return f"{chat_template}: " + " | ".join(f"{turn['role']} {turn['content']}" for turn in turns)
+    chat_template, bos_token, is_fast = "own", "^", True
+
+    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
+        texts = [text] if isinstance(text, str) else text
+        ids = [[ord(character) for character in "^" * add_special_tokens + one] for one in texts]
+        offsets = [[(place, place + 1) for place in range(len(one))] for one in texts]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids, "offset_mapping": offsets}
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt, chat_template=None):
+        name = (chat_template or "own")[:3]
+        return f"^{name}: " + "".join(f"<{turn['role']} {turn['content']}>" for turn in turns) + "<assistant " * add_generation_prompt
 
 
-def test_a_chat_template_is_used_where_there_is_one_or_one_is_given():
+def test_prompts_are_written_as_in_training():
     prompt = asked("why?", "en")
-    assert prompt_renderer(Chatty())(prompt) == "own: user why?"
-    assert prompt_renderer(Chatty(), template="other")(prompt) == "other: user why?"
+    assert prompt_renderer(Chatty())(prompt) == "own: <user why?><assistant "
+    assert prompt_renderer(Chatty(), format=ChatFormat("chatml"))(prompt) == f"{BUILT_IN['chatml'][:3]}: <user why?><assistant "
+    assert prompt_text([Message("user", "why?")], Chatty(), ChatFormat()) == "^" + prompt_renderer(Chatty())(prompt)
+
+
+def test_prompts_are_continued_as_they_stand_where_there_is_no_template():
+    prompt, several = asked("why?", "en"), SwitchPrompt((("system", "be brief"), ("user", "why?")), "en")
     assert prompt_renderer(Chatty(), chat=False)(prompt) == "why?" == prompt_renderer(object())(prompt)
-    several = SwitchPrompt((("system", "be brief"), ("user", "why?")), "en")
     assert prompt_renderer(object())(several) == "System: be brief\nUser: why?\nAssistant:"
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(InputError, match="no chat template; name one"):
         prompt_renderer(object(), chat=True)
+
+
+def test_a_template_that_refuses_a_prompt_says_so(monkeypatch):
+    render = prompt_renderer(Chatty())
+
+    def refuse(*arguments, **settings):
+        raise ValueError("no such role")
+
+    monkeypatch.setattr(Chatty, "apply_chat_template", refuse)
+    with pytest.raises(InputError, match="gives no prompt for 'why.': the template refuses it .no such role."):
+        render(asked("why?", "en"))
