@@ -128,9 +128,8 @@ def show(found: dict[str, Any]) -> None:
     mesh = ",".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
     place = f"{found['topology']} ({found['chips']} chips{', ' + found['accelerator'] if found['accelerator'] else ''}), {mesh}"
     how = f"adapters of rank {found['lora_rank']}" if found["lora_rank"] else "all weights"
-    print(
-        f"{found['model']}: {found['method']}, {how}, {found['rows']} rows of {found['length']} tokens in {found['micro_batches']} parts, on {place}\n"
-    )
+    rows = f"{found['rows']} rows of {found['length']} tokens in {found['micro_batches']} parts"
+    print(f"{found['model']}: {found['method']}, {how}, {rows}, on {place}\n")
     show_memory(found, _PARTS)
     show_collectives(found["collectives"])
     flops = found["flops"]
