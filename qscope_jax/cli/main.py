@@ -25,7 +25,7 @@ VERBS = {
     "classify": "tell classes of texts apart by the features that fire",
     "benchmarks": "find what benchmarks measure, and which to keep",
     "cover": "find the features that a data set fires, and those it misses",
-    "sft": "fine-tune on conversations; hold another language's features down",
+    "sft": "fine-tune on conversations, with features held down",
     "synthesize": "write texts for the missing ones; mix and score them",
 }
 _INTERRUPTED = 130

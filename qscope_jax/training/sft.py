@@ -151,7 +151,8 @@ class SFT:
         if not len(rows):
             raise InputError("there are no conversations to learn from; give at least one")
         if auxiliary is not None:
-            _check_languages(rows, languages)
+            for conversations in (rows, held_out):
+                _check_languages(conversations, languages)
             for layer in auxiliary.layers:
                 model.check_layer(layer)
         shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
