@@ -93,10 +93,8 @@ def one_run(model: LanguageModel, target: str, arm: str, seed: int, log: RecordL
         "examples": [one.text for one in answers if is_switched(one.text, target_script(target))][:5],
     }  # fmt: skip
     log.add(key, record)
-    print(
-        f"  {target} {arm} seed {seed} lambda {weight:g}: {sum(switched) / len(answers):.2%} switched, clean loss {loss:.4f}, {record['seconds']:.0f} s",
-        flush=True,
-    )
+    ratio = sum(switched) / len(answers)
+    print(f"  {target} {arm} seed {seed} lambda {weight:g}: {ratio:.2%} switched, clean loss {loss:.4f}, {record['seconds']:.0f} s", flush=True)
     return record
 
 

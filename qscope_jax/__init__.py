@@ -42,6 +42,8 @@ _HOMES = {
     "qscope_jax.features.classify.fit_classifier": ("fit_classifier",),
     "qscope_jax.features.classify.feature_classifier": ("FeatureClassifier", "load_classifier"),
     "qscope_jax.features.benchmarks.benchmark_comparison": ("compare_benchmarks",),
+    "qscope_jax.features.switching.find_language_features": ("find_language_features",),
+    "qscope_jax.features.switching.language_features": ("LanguageFeatures",),
     "qscope_jax.features.synthesis.coverage": ("coverage",),
     "qscope_jax.features.synthesis.synthesis": ("synthesize",),
     "qscope_jax.features.generation.endpoint": ("EndpointGenerator",),
@@ -84,6 +86,8 @@ if TYPE_CHECKING:
     )
     from qscope_jax.features.store.feature_store import FeatureStore, read_store
     from qscope_jax.features.store.store_writer import StoreConfig, write_store
+    from qscope_jax.features.switching.find_language_features import find_language_features
+    from qscope_jax.features.switching.language_features import LanguageFeatures
     from qscope_jax.features.synthesis.coverage import coverage
     from qscope_jax.features.synthesis.synthesis import synthesize
     from qscope_jax.features.text_features import TextFeatures, text_features

@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +40,22 @@ _PARTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; exit status 2 is a mistake of the user, or a run that does not fit, said in one line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog="Further flags are those of qscope train-sae.")
-    parser.add_argument("--config", required=True, help="YAML of qscope train-sae")
+    return answer((__doc__ or "").splitlines()[0], "train-sae", _plan_saes, arguments)
+
+
+def answer(
+    description: str, verb: str, make: "Callable[[list[str], argparse.Namespace, Slice], dict[str, Any]]", arguments: Sequence[str] | None
+) -> int:
+    """Read the command line, plan, show, and say in one line what does not fit.
+
+    Args:
+        description: What the program does.
+        verb: The verb of `qscope` whose YAML is planned.
+        make: Plans and shows; given the verb's flags, the program's options and the slice. Returns the plan, with `gib` of its parts and `advice`.
+        arguments: The command line's.
+    """
+    parser = argparse.ArgumentParser(description=description, epilog=f"Further flags are those of qscope {verb}.")
+    parser.add_argument("--config", required=True, help=f"YAML of qscope {verb}")
     parser.add_argument("--topology", required=True, help="libtpu's name, such as v5e:4x4, v5p:2x2x2, v6e:4x4")
     parser.add_argument("--mesh", help="axes over the devices, such as data=2,fsdp=4; by default the config's")
     parser.add_argument("--memory", type=float, help="GiB of a device to plan for, by default all that a program may use")
@@ -49,36 +63,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here runs on an accelerator, though one may be there
     try:
-        _main(options, rest)
+        _answer(options, rest, make)
     except QscopeError as error:
         print(f"plan: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def _main(options: argparse.Namespace, rest: list[str]) -> None:
-    from qscope_jax.cli.options import parse
-    from qscope_jax.cli.train_sae import Config
+def _answer(options: argparse.Namespace, rest: list[str], make: "Callable[[list[str], argparse.Namespace, Slice], dict[str, Any]]") -> None:
     from qscope_jax.data.files import write_json
-    from qscope_jax.parallel.mesh import make_mesh
-    from tpu_scripts.chips import as_if_there, describe
-    from tpu_scripts.programs import make_run
+    from tpu_scripts.chips import describe
 
     mesh = [] if options.mesh is None else ["--mesh", options.mesh]
-    config = parse("train-sae", Config, ["--config", options.config, *mesh, *rest])
     where = describe(options.topology)
-    memory = where.memory_gib if options.memory is None else options.memory
-    run = make_run(config, make_mesh(config.mesh, where.devices))
-    with as_if_there(where):
-        found = plan(run, where)
-    found["memory_gib"] = memory
-    show(found)
+    if options.memory is None:
+        options.memory = where.memory_gib
+    found = make(["--config", options.config, *mesh, *rest], options, where)
     if options.out is not None:
         write_json(options.out, found)
     together = found["gib"]["together"]
-    if memory is not None and together > memory:
-        wanted = "a larger slice, another mesh, or a smaller model_batch, buffer_batches or batch_tokens"
-        raise ConfigError(f"{where.topology}: {together:.2f} GiB a device do not fit into its {memory:g}; try {wanted}")
+    if options.memory is not None and together > options.memory:
+        raise ConfigError(f"{where.topology}: {together:.2f} GiB a device do not fit into its {options.memory:g}; try {found['advice']}")
+
+
+def _plan_saes(flags: list[str], options: argparse.Namespace, where: "Slice") -> dict[str, Any]:
+    from qscope_jax.cli.options import parse
+    from qscope_jax.cli.train_sae import Config
+    from qscope_jax.parallel.mesh import make_mesh
+    from tpu_scripts.chips import as_if_there
+    from tpu_scripts.programs import make_run
+
+    config = parse("train-sae", Config, flags)
+    run = make_run(config, make_mesh(config.mesh, where.devices))
+    with as_if_there(where):
+        found = plan(run, where)
+    found |= {"memory_gib": options.memory, "advice": "a larger slice, another mesh, or a smaller model_batch, buffer_batches or batch_tokens"}
+    show(found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,7 @@ def plan(run: "Run", where: "Slice") -> dict[str, Any]:
     """
     from tpu_scripts import programs
 
-    decoder = programs.decoder_arrays(run)
+    decoder = programs.decoder_arrays(run.model, run.mesh)
     step, state = programs.lower_sae(run)
     built = {
         "model": compile_program(programs.lower_model(run, decoder), f"{where.topology}: the model's pass"),
@@ -164,16 +185,11 @@ def _flops(run: "Run", where: "Slice") -> dict[str, float | None]:
 
 def show(found: dict[str, Any]) -> None:
     """Print a plan as tables."""
-    from qscope_jax.report.terminal import print_table
-
     mesh = ",".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "one device"
     place = f"{found['topology']} ({found['chips']} chips{', ' + found['accelerator'] if found['accelerator'] else ''}), {mesh}"
     print(f"{found['model']}: {found['saes']} SAEs of {found['num_features']:,} features, {found['k']} active, on {place}\n")
-    print_table(("held by a device", "GiB"), [(_PARTS[part], found["gib"][part]) for part in _PARTS])
-    if found["memory_gib"] is not None:
-        print(f"\na device has {found['memory_gib']:g} GiB: {found['gib']['together'] / found['memory_gib']:.0%} of it")
-    print()
-    _show_collectives(found["collectives"])
+    show_memory(found, _PARTS)
+    show_collectives(found["collectives"])
     flops, seconds = found["flops"], found["compile_seconds"]
     print("\nFLOPs a step by formula (XLA counts a loop's body once):", end=" ")
     print(f"model {flops['model']:.3g}, SAEs {flops['saes']:.3g}; a device {flops['device']:.3g}")
@@ -182,7 +198,18 @@ def show(found: dict[str, Any]) -> None:
     print(f"compiled in {seconds['model']:.1f} s (model) and {seconds['sae']:.1f} s (SAEs)")
 
 
-def _show_collectives(collectives: dict[str, Any]) -> None:
+def show_memory(found: dict[str, Any], parts: dict[str, str]) -> None:
+    """What a device holds, part by part, and of how much."""
+    from qscope_jax.report.terminal import print_table
+
+    print_table(("held by a device", "GiB"), [(said, found["gib"][part]) for part, said in parts.items()])
+    if found["memory_gib"] is not None:
+        print(f"\na device has {found['memory_gib']:g} GiB: {found['gib']['together'] / found['memory_gib']:.0%} of it")
+    print()
+
+
+def show_collectives(collectives: dict[str, Any]) -> None:
+    """What each program sends."""
     from qscope_jax.report.terminal import print_table
 
     rows = [

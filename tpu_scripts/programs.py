@@ -99,12 +99,12 @@ def backbone(name: str, dtype: str | None) -> ModelConfig:
     return config if dtype is None else dataclasses.replace(config, dtype=dtype)
 
 
-def decoder_arrays(run: Run) -> Decoder:
+def decoder_arrays(model: ModelConfig, mesh: Mesh) -> Decoder:
     """The decoder's parameters, placed as a loaded model's are."""
-    abstract = jax.eval_shape(lambda: Decoder(run.model, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: Decoder(model, jax.random.key(0)))
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(leaf_name(path), leaf.shape, run.mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(leaf_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, abstract)
 

@@ -25,6 +25,7 @@ VERBS = {
     "classify": "tell classes of texts apart by the features that fire",
     "benchmarks": "find what benchmarks measure, and which to keep",
     "cover": "find the features that a data set fires, and those it misses",
+    "sft": "fine-tune on conversations, with features held down",
     "synthesize": "write texts for the missing ones; mix and score them",
     "code-switch": "count unwanted switches of language, trace and ablate them",
 }
@@ -82,9 +83,9 @@ def _help() -> str:
     verbs = "\n".join(f"  {name:<17} {sentence}" for name, sentence in VERBS.items())
     return (
         "usage: qscope VERB [OPTIONS]    (start with: qscope demo)\n\n"
-        f"verbs:\n{verbs}\n\n"
+        f"{verbs}\n\n"
         "Models and SAEs are folders or hub ids; `tiny` is the embedded pair.\n"
-        "qscope VERB --help lists a verb's options, which --config FILE.yaml can set too.\n"
+        "qscope VERB --help lists options, which --config FILE.yaml can set too;\n"
         "qscope --version prints the version."
     )
 

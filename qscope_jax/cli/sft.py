@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from qscope_jax.data.chat_data import Conversation
+    from qscope_jax.data.chat_templates import ChatFormat
     from qscope_jax.data.chat_tokens import ChatRow
     from qscope_jax.models.language_model import LanguageModel
     from qscope_jax.training.auxiliary import Auxiliary
@@ -110,6 +112,7 @@ class Config(RunOptions, ModelOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Fine-tune; returns the last held-out metrics and where the model is."""
+    from qscope_jax.data.chat_export import write_chat_settings
     from qscope_jax.parallel.processes import from_first, is_first, join_processes
 
     if config.distributed:
@@ -122,6 +125,7 @@ def run(config: Config) -> dict[str, Any]:
         return {"finished": False}
     result = {"finished": True, "step": end.step, "model": str(recipe.save(end.state, out / "model")), "held_out": end.held_out}
     if is_first():
+        write_chat_settings(out / "model", model.tokenizer, _format(config), model.config.eos_token_ids)
         from qscope_jax.report.run_page import write_run_page
 
         result["page"] = str(write_run_page(out))
@@ -158,17 +162,21 @@ def _settings(config: Config, rows: "Sequence[ChatRow]") -> "SFTConfig":
 
 def _rows(model: "LanguageModel", config: Config) -> "tuple[Sequence[ChatRow], Sequence[ChatRow]]":
     """Rows to learn from and held-out ones; what was left out is said on stderr."""
-    import sys
-
-    from qscope_jax.data.chat_tokens import ChatFormat, chat_rows
+    from qscope_jax.data.chat_tokens import chat_rows
 
     found, held_out = _conversations(config)
-    chat_format = ChatFormat(**same_named(ChatFormat, config))
+    chat_format = _format(config)
     rows = chat_rows(found, model.tokenizer, chat_format, length=config.length)
     if rows.refused or rows.truncated:
         reasons = "".join(f"; left out {count}: {reason}" for reason, count in rows.refused.items())
         print(f"{config.data}: {len(rows)} conversations to learn from, {rows.truncated} cut at {config.length} tokens{reasons}", file=sys.stderr)
     return rows, chat_rows(held_out, model.tokenizer, chat_format, length=config.length) if held_out else []
+
+
+def _format(config: Config) -> "ChatFormat":
+    from qscope_jax.data.chat_templates import ChatFormat
+
+    return ChatFormat(**{**same_named(ChatFormat, config), **({"template": "plain"} if config.model == TINY and not config.template else {})})
 
 
 def _conversations(config: Config) -> "tuple[list[Conversation], list[Conversation]]":

@@ -9,7 +9,7 @@ from qscope_jax.cli.options import Integers, check_at_least, same_named
 from qscope_jax.cli.sources import cut_texts, open_model
 from qscope_jax.cli.training_data import TrainingTextOptions, split_documents, tokenize_documents
 from qscope_jax.cli.training_run import RunOptions, check_run, run_to_end
-from qscope_jax.errors import ConfigError
+from qscope_jax.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
     from qscope_jax.models.language_model import LanguageModel

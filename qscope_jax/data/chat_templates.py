@@ -88,7 +88,7 @@ class ChatTemplate:
             SourceError: its file cannot be read.
         """
         self._tokenizer, self._format = tokenizer, format
-        self._template = BUILT_IN.get(format.template) or (_read(format.template) if format.template else None)
+        self._template = BUILT_IN.get(format.template) or (read_template(format.template) if format.template else None)
         self.name = f"chat template {format.template!r}" if format.template else "the tokenizer's chat template"
         if self._template is None and not tokenizer.chat_template:
             raise ConfigError(f"the tokenizer has no chat template; set template to one of {', '.join(BUILT_IN)} or to a Jinja file")
@@ -162,10 +162,9 @@ class ChatTemplate:
         # A generation prompt may open a thought, which templates leave out of earlier turns: there the answer begins with its content.
         places = [self._render(messages[:turn], prompt=True), before] if self._prompts else [before[: len(before) - self._opening(messages, turn)]]
         begin = next((place for place in places if text.startswith(place)), None)
-        end = len(text) - len(after)
-        if begin is None or not text.endswith(after) or len(begin) > end:
+        if begin is None or not text.endswith(after):
             raise RefusedError("the template writes other turns differently for this answer")
-        return len(begin), end + self._closing(messages, turn, after)
+        return len(begin), len(text) - len(after) + self._closing(messages, turn, after)
 
     def _opening(self, messages: Sequence[Message], turn: int) -> int:
         """Characters between where the answer begins and its content, found by the response marker."""
@@ -187,9 +186,8 @@ class ChatTemplate:
 
     def _around(self, messages: Sequence[Message], turn: int) -> tuple[str, str]:
         """What the template writes before and after the content of a turn."""
-        before, found, after = self._render([*messages[:turn], messages[turn]._replace(content=_STAND_IN), *messages[turn + 1 :]]).partition(
-            _STAND_IN
-        )
+        marked = [*messages[:turn], messages[turn]._replace(content=_STAND_IN), *messages[turn + 1 :]]
+        before, found, after = self._render(marked).partition(_STAND_IN)
         if not found:
             raise RefusedError("the template leaves an answer out")
         return before, after
@@ -230,7 +228,13 @@ def _blanked(messages: Sequence[Message]) -> list[Message]:
     return [message._replace(content=_BLANK) for message in messages]
 
 
-def _read(template: str) -> str:
+def read_template(template: str) -> str:
+    """The Jinja text of a file.
+
+    Raises:
+        ConfigError: there is no such file, or it is empty.
+        SourceError: it cannot be read.
+    """
     path = Path(template).expanduser()
     if not path.is_file():
         raise ConfigError(f"chat template {template!r}: is neither built in ({', '.join(BUILT_IN)}) nor a file; give one of these or a Jinja file")

@@ -115,7 +115,9 @@ class LanguageModel:
             raise SourceError(f"{self.source.name}: its tokenizer cannot be read; mend tokenizer.json and tokenizer_config.json") from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text; Qwen tokenizers add no begin-of-sequence token.
+        """Token ids of every text.
+
+        Qwen tokenizers add no begin-of-sequence token. A text that begins with one, as chat templates of Gemma and Llama write it, gets no second.
 
         Raises:
             InputError: no text, or a text without a single token.
@@ -123,6 +125,10 @@ class LanguageModel:
         if isinstance(texts, str) or not len(texts):
             raise InputError("expected a non-empty list of texts")
         ids = self.tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+        bos, bos_id = getattr(self.tokenizer, "bos_token", None), getattr(self.tokenizer, "bos_token_id", None)
+        for index, text in enumerate(texts):
+            if bos and text.startswith(bos) and ids[index][:2] == [bos_id, bos_id]:
+                ids[index] = ids[index][1:]
         if empty := [index for index, row in enumerate(ids) if not row]:
             raise InputError(f"text {empty[0]} is empty; every text needs at least one token")
         return ids

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from qscope_jax.data.batches import BatchConfig
@@ -22,7 +23,7 @@ from qscope_jax.errors import ConfigError, InputError
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.parallel.processes import is_first
-from qscope_jax.parallel.rules import PARAMETER_AXES, leaf_name, place_rows, replicated
+from qscope_jax.parallel.rules import PARAMETER_AXES, batch_sharding, leaf_name, parameter_sharding, place_rows, replicated
 from qscope_jax.training.auxiliary import Auxiliary, Batch
 from qscope_jax.training.lora import TARGETS, attach, init_adapters, merge, save_adapters
 from qscope_jax.training.losses import head_losses, predicted_mask
@@ -150,7 +151,8 @@ class SFT:
         if not len(rows):
             raise InputError("there are no conversations to learn from; give at least one")
         if auxiliary is not None:
-            _check_languages(rows, languages)
+            for conversations in (rows, held_out):
+                _check_languages(conversations, languages)
             for layer in auxiliary.layers:
                 model.check_layer(layer)
         shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
@@ -160,12 +162,13 @@ class SFT:
                 "choose another batch_size, micro_batches or mesh"
             )
         self.model, self.rows, self.config, self.lanes = model, rows, config, lanes
-        self.auxiliary = auxiliary if auxiliary is None or model.mesh.size == 1 else jax.device_put(auxiliary, replicated(model.mesh))
+        self.auxiliary = auxiliary if auxiliary is None or model.mesh.size == 1 else _everywhere(auxiliary, model.mesh)
         self.languages, self.held_out = tuple(languages), held_out
         self.optimizer = config.optimizer()
-        if config.lora_rank:
-            jax.eval_shape(partial(self._first_parameters, model.decoder), jax.random.key(0))
-        self._step = jax.jit(partial(_step, self.optimizer, self._assemble, config), donate_argnums=0)
+        like = self.abstract_state()
+        places = None if model.mesh.size == 1 else jax.tree.map(lambda leaf: leaf.sharding, like)
+        self._begin = jax.jit(self._first_state, out_shardings=places)
+        self._step = jax.jit(partial(_step, self.optimizer, self._assemble, config), donate_argnums=0, out_shardings=(places, None))
         self._measure = jax.jit(partial(_measure, self._assemble, config))
 
     @property
@@ -176,8 +179,28 @@ class SFT:
     def init(self) -> SFTState:
         """The model's own weights as master copies, or adapters that change nothing yet."""
         with jax.set_mesh(self.model.mesh):
-            parameters = jax.jit(self._first_parameters)(self.model.decoder, jax.random.key(self.config.seed))
-            return SFTState(parameters, jax.jit(self.optimizer.init)(parameters))
+            return self._begin(self.model.decoder, jax.random.key(self.config.seed))
+
+    def abstract_state(self) -> SFTState:
+        """Shapes, dtypes and shardings of a state; the model's own arrays may be abstract, too."""
+        mesh = self.model.mesh
+
+        def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            try:
+                sharding = parameter_sharding(leaf_name(path), leaf.shape, mesh)
+            except StopIteration:  # a count of the optimiser
+                sharding = replicated(mesh)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._first_state, self.model.decoder, jax.random.key(0)))
+
+    def lower(self) -> jax.stages.Lowered:
+        """The optimiser step, lowered without any array: to look at, or to compile for machines elsewhere."""
+        mesh, shape = self.model.mesh, (self.config.batch_size, self.config.length)
+        rows = batch_sharding(mesh, 2)
+        batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.int32)))
+        with jax.set_mesh(mesh):
+            return self._step.lower(self.abstract_state(), self._frozen(), batch, self.auxiliary)
 
     def stream(self) -> ChatStream:
         """Packed conversations, endless."""
@@ -235,6 +258,10 @@ class SFT:
             return init_adapters(decoder, self.config.lora_rank, self.config.lora_targets, key)
         # Copies even where the dtype stays: a step writes over its state.
         return jax.tree.map(lambda leaf: jnp.copy(leaf.astype(self.config.master_dtype)), decoder)
+
+    def _first_state(self, decoder: Decoder, key: Array) -> SFTState:
+        parameters = self._first_parameters(decoder, key)
+        return SFTState(parameters, self.optimizer.init(parameters))
 
     def _frozen(self) -> Decoder | None:
         return self.model.decoder if self.config.lora_rank else None
@@ -337,6 +364,11 @@ def _measure(
     tokens = jnp.sum(predicted_mask(batch.trained_BT, batch.segment_ids), dtype=jnp.float32)
     counted = jnp.ones((), jnp.float32) if auxiliary is None else auxiliary.count(batch)
     return jnp.stack([total, tokens, extra, counted])
+
+
+def _everywhere(auxiliary: Auxiliary, mesh: Mesh) -> Auxiliary:
+    """The loss' arrays on every device; descriptions of arrays stay."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.device_put(leaf, replicated(mesh)), auxiliary)
 
 
 def _is_matrix(tree: Any) -> Any:

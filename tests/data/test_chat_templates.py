@@ -149,8 +149,11 @@ def test_conversations_that_cannot_be_trained_on_say_why(messages, said):
         ChatTemplate(make_tokenizer("gemma", GEMMA), ChatFormat()).answers(messages)
 
 
-def test_a_template_that_writes_other_turns_by_what_the_answer_says_is_refused():
-    template = "{% for m in messages %}{{ m.role + ' ' + messages[1].content|length|string + m.content + eos_token }}{% endfor %}"
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_template_that_writes_other_turns_by_what_the_answer_says_is_refused(place):
+    size = "messages[1].content | length | string"
+    around = (f"{size} + m.content", "") if place == "before" else ("m.content", f"{{{{ {size} if not add_generation_prompt }}}}")
+    template = "{% for m in messages %}{{ m.role + " + around[0] + " + eos_token }}{% endfor %}" + around[1]
     with pytest.raises(RefusedError, match="writes other turns differently for this answer"):
         ChatTemplate(make_tokenizer("qwen", template), ChatFormat(response_marker="assistant")).answers(turns("a", "b", "c", "d"))
 

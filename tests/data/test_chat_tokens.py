@@ -101,6 +101,19 @@ def test_a_token_that_reaches_into_the_prompt_is_not_trained():
     assert parts(row, tokenizer) == [(False, "the question"), (True, " is<|im_end|>")]
 
 
+def test_a_space_of_the_prompt_is_not_trained_where_offsets_leave_spaces_out():
+    template = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else ': ') }}{% endfor %}"
+    tokenizer = make_tokenizer("qwen", template, trim_offsets=True)
+    (row,) = chat_rows([conversation("Why", " 3")], tokenizer, ChatFormat(), length=40)
+    assert parts(row, tokenizer) == [(False, "Why: "), (True, " 3<|im_end|>")]
+
+
+def test_the_first_token_is_never_trained_since_nothing_predicts_it():
+    tokenizer = make_tokenizer("qwen", "{% for m in messages if m.role == 'assistant' %}{{ m.content + eos_token }}{% endfor %}")
+    (row,) = chat_rows([conversation("Why?", "7 8")], tokenizer, ChatFormat(), length=40)
+    assert parts(row, tokenizer) == [(False, "7"), (True, " 8<|im_end|>")]
+
+
 def test_the_embedded_models_tokenizer_reads_plain_chats():
     tokenizer = tiny_model().tokenizer
     rows = chat_rows([conversation("Ça va ?", "나는  책을 🤝 읽는다.", language="ko")], tokenizer, ChatFormat("plain"), length=200)

@@ -36,6 +36,20 @@ def folder(make_reference, tmp_path) -> Path:
     return copy
 
 
+def test_a_text_that_begins_with_the_begin_token_gets_no_second_one(tiny_config, random_decoder):
+    """As Gemma's and Llama's tokenizers add it, and their chat templates write it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<bos>": 0, "a": 1, "b": 2}, unk_token="b"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["<bos>"])
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>")
+    model = LanguageModel(random_decoder(tiny_config(max_positions=32)), tokenizer=tokenizer)
+    assert model.tokenize(["a b", "<bos> a b", "<bos> <bos> a"]) == [[0, 1, 2], [0, 1, 2], [0, 0, 1]]
+
+
 def test_residuals_come_by_layer_with_padding_on_the_right(model):
     out = model.residuals(TEXTS, [1, 0])
     assert out.values.shape == (2, 3, 16, 32)

@@ -40,7 +40,7 @@ def test_the_decoder_lies_as_a_loaded_one_does(config):
     run = make_run(config(), mesh)
     shapes = jax.eval_shape(lambda: Decoder(run.model, jax.random.key(0)))
     real = shard_tree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), mesh)
-    described = decoder_arrays(run)
+    described = decoder_arrays(run.model, run.mesh)
     for one, other in zip(jax.tree.leaves(described), jax.tree.leaves(real), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype) and one.sharding.is_equivalent_to(other.sharding, len(one.shape))
     shard = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(real))

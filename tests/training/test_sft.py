@@ -123,6 +123,18 @@ def test_meshes_leave_the_gradient_unchanged(model, batch, whole, description):
     assert metrics["auxiliary"] == pytest.approx(whole[1]["auxiliary"], rel=1e-5)
 
 
+def test_a_state_lies_where_its_parameters_do_and_stays_there(model, batch):
+    """Adam's moments as well: an optimiser's zeros depend on no array that would tell the partitioner where they belong."""
+    mesh = make_mesh("fsdp=4,tensor=2")
+    recipe = SFT(LanguageModel(shard_tree(model.decoder, mesh), mesh=mesh), ROWS, SETTINGS)
+    first = recipe.init()
+    wanted = [leaf.sharding for leaf in jax.tree.leaves(recipe.abstract_state())]
+    assert [leaf.sharding for leaf in jax.tree.leaves(first)] == wanted
+    assert all(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == leaf.size for leaf in jax.tree.leaves(first) if leaf.ndim == 3)
+    after, _ = recipe.step(first, batch)
+    assert [leaf.sharding for leaf in jax.tree.leaves(after)] == wanted
+
+
 def test_remat_and_chunks_of_the_head_leave_the_gradient_unchanged(model, batch, whole):
     found, _ = gradient(model, replace(SETTINGS, remat=False, head_chunk=4), batch, auxiliary=ceiling(model.config.d_model))
     equal(found, whole[0])

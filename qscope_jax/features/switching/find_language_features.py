@@ -76,7 +76,7 @@ def find_language_features(
     if level_texts is not None:
         check_corpus(level_texts)
     _check_choice(count, features, random_seed)
-    levels_on = texts if level_texts is None else {language: texts[language], **level_texts}
+    levels_on = texts if level_texts is None else level_texts if language in level_texts else {language: texts[language], **level_texts}
     found: list[_Chosen] = []
     for group in _groups(saes):
         sae_name = sae_name or str(group[0].metadata.get("source", "in memory"))

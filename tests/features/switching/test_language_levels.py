@@ -52,6 +52,17 @@ def test_outliers_of_the_norm_count_on_request(measured, character_model, rows, 
     assert np.abs(alpha[0, 0] - measured[0][0, 0]).max() > 1
 
 
+def test_a_token_counts_if_it_counts_at_every_layer(character_model, rows, corpus, few):
+    _, tokens = estimate_levels(character_model, rows, [1, 2], corpus, replace(few, max_norm_multiple=1.1, min_tokens=1))
+    kept = {"each": [], "both": []}
+    for texts in corpus.values():
+        norms = [[np.linalg.norm(character_model.residuals([text], [layer]).values[0, 0, : len(text)], axis=1) for text in texts] for layer in (1, 2)]
+        masks = [np.concatenate([(norm <= 1.1 * np.median(norm))[1:] for norm in one]) for one in norms]
+        kept["each"].append([int(mask.sum()) for mask in masks])
+        kept["both"].append(int((masks[0] & masks[1]).sum()))
+    assert tokens.tolist() == kept["both"] and all(both < min(each) for both, each in zip(kept["both"], kept["each"], strict=True))
+
+
 def test_batches_of_any_size_and_any_order_of_layers_measure_the_same(measured, character_model, rows, corpus, few):
     alpha, tokens = estimate_levels(character_model, rows[::-1], [2, 1], corpus, replace(few, batch_tokens=8000))
     np.testing.assert_allclose(alpha[::-1], measured[0], rtol=1e-4, atol=1e-3)
