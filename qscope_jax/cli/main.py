@@ -27,6 +27,7 @@ VERBS = {
     "cover": "find the features that a data set fires, and those it misses",
     "sft": "fine-tune on conversations, with features held down",
     "synthesize": "write texts for the missing ones; mix and score them",
+    "code-switch": "count unwanted switches of language, trace and ablate them",
 }
 _INTERRUPTED = 130
 

@@ -1,8 +1,5 @@
 """`qscope synthesize`: write texts for features that a data set misses; mix them with real data; score answers for safety."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_jax.cli.coverage_sources import CoverageOptions, CoverageSources
 from qscope_jax.cli.endpoints import EndpointOptions, is_address, open_endpoint
 from qscope_jax.cli.options import Numbers, Texts, check_at_least, same_named
+from qscope_jax.cli.progress import count_progress
 from qscope_jax.cli.results import check_writable, write_result
 from qscope_jax.errors import ConfigError, InputError
 
@@ -268,7 +266,7 @@ def _synthesize(
     if config.judge:
         judge = open_endpoint(config.judge, config.judge_model, config, flag="--judge-model", cache=str(folder / _JUDGE_FILE))
     log = RecordLog(folder / _LOG_FILE, "id", "candidate of a synthesis")
-    with _progress("targets") as told:
+    with count_progress("targets") as told:
         return synthesize(targets, writer, sources.read, settings, log=log, assistant=assistant, judge=judge, progress=told)
 
 
@@ -306,7 +304,7 @@ def _baselines(
     from qscope_jax.features.synthesis.synthesis_baselines import natural_sampling, random_synthesis
 
     log = RecordLog(folder / _RANDOM_FILE, "id", "text of a random synthesis")
-    with _progress("random texts") as told:
+    with count_progress("random texts") as told:
         drawn = random_synthesis(targets, writer, sources.read, found.written, seed=config.seed, threshold=config.threshold, log=log, progress=told)
     if not config.pool:
         return [drawn]
@@ -342,15 +340,3 @@ def _flags(table: "Table", column: str) -> list[bool]:
         if value.lower() not in spoken:
             raise InputError(f"{table.name} {place}: column {column} holds {value!r}, expected true or false")
     return [spoken[value.lower()] for value in values]
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal; what it yields takes the number done and the number of all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

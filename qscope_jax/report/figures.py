@@ -32,6 +32,7 @@ def bars(
     title: str,
     y: str,
     errors: Values | None = None,
+    bounds: tuple[Values, Values] | Mapping[str, tuple[Values, Values]] | None = None,
     horizontal: bool | None = None,
 ) -> "plotly.graph_objects.Figure":
     """A bar for each label, or with a mapping of series a group of bars for each label.
@@ -42,10 +43,11 @@ def bars(
         title: Title of the figure.
         y: What the heights are, with their unit.
         errors: Half widths of error bars, the same for every series.
+        bounds: In their place the ends of intervals, which need not lie evenly around the heights: (low, high), or {series: (low, high)}.
         horizontal: Whether bars lie; by default they do when labels are many or long.
 
     Raises:
-        InputError: a series or `errors` has another length than `labels`.
+        InputError: a series, `errors` or `bounds` have another length than `labels`, or bounds belong to no series.
     """
     import plotly.graph_objects as go
 
@@ -53,9 +55,7 @@ def bars(
     series = {str(name): _floats(heights) for name, heights in values.items()} if isinstance(values, Mapping) else {"": _floats(values)}
     for name, heights in series.items():
         _check_length(f"series {name!r}" if name else "the values", heights, names, "labels")
-    spreads = None if errors is None else _floats(errors)
-    if spreads is not None:
-        _check_length("the error bars", spreads, names, "labels")
+    spreads = _spreads(series, errors, bounds, names)
     if horizontal is None:
         horizontal = len(names) > 16 or any(len(name) > _LONG_LABEL for name in names)
     places = list(range(len(names)))
@@ -63,8 +63,8 @@ def bars(
     figure = go.Figure()
     for name, heights in series.items():
         ends: dict[str, Any] = dict(x=heights, y=places, orientation="h") if horizontal else dict(x=places, y=heights)
-        if spreads is not None:
-            ends["error_x" if horizontal else "error_y"] = dict(type="data", array=spreads, color=_INK, thickness=1.2, width=3)
+        if name in spreads:
+            ends["error_x" if horizontal else "error_y"] = dict(type="data", **spreads[name], color=_INK, thickness=1.2, width=3)
         figure.add_bar(**ends, name=_plain(name), customdata=names, hovertemplate=hover)
     label_axis = dict(tickvals=places, ticktext=names, showgrid=False)
     label_axis |= dict(autorange="reversed") if horizontal else {}
@@ -269,6 +269,32 @@ def _scale(finite: list[float]) -> dict[str, Any]:
         end = max(abs(number) for number in finite)
         return dict(colorscale=_TWO_SIDED, zmin=-end, zmax=end)
     return dict(colorscale="Cividis")
+
+
+def _spreads(
+    series: Mapping[str, list[float]],
+    errors: Values | None,
+    bounds: tuple[Values, Values] | Mapping[str, tuple[Values, Values]] | None,
+    names: Sequence[str],
+) -> dict[str, dict[str, list[float]]]:
+    """Error bars of each series, in plotly's terms: lengths above the heights, and below where they differ."""
+    if errors is not None:
+        spread = _floats(errors)
+        _check_length("the error bars", spread, names, "labels")
+        return {name: {"array": spread} for name in series}
+    found = {}
+    for name, ends in (bounds if isinstance(bounds, Mapping) else {} if bounds is None else dict.fromkeys(series, bounds)).items():
+        if name not in series:
+            raise InputError(f"bounds {name!r} belong to no series; series are {', '.join(map(repr, series))}")
+        low, high = map(_floats, ends)
+        for end in (low, high):
+            _check_length("the bounds", end, names, "labels")
+        heights = series[name]
+        found[name] = {
+            "array": [max(end - height, 0.0) for end, height in zip(high, heights, strict=True)],
+            "arrayminus": [max(height - end, 0.0) for end, height in zip(low, heights, strict=True)],
+        }
+    return found
 
 
 def _short(number: float) -> str:

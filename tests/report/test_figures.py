@@ -24,6 +24,19 @@ def test_bars_lie_where_labels_are_long_and_read_from_the_top():
     assert figure.layout.yaxis.autorange == "reversed" and list(figure.data[0].error_x.array) == [0.1, 0.2]
 
 
+def test_bars_have_intervals_of_their_own_that_need_not_be_even():
+    heights = {"before": [0.5, 0.0], "after": [0.25, 0.0]}
+    figure = bars(["a", "b"], heights, title="t", y="share", bounds={"before": ([0.25, 0.0], [1.0, 0.5])})
+    assert list(figure.data[0].error_y.array) == [0.5, 0.5] and list(figure.data[0].error_y.arrayminus) == [0.25, 0]
+    assert figure.data[1].error_y.array is None
+    alone = bars(["a", "b"], [2, 1], title="t", y="share", bounds=([1, 1], [4, 3]), horizontal=True)
+    assert list(alone.data[0].error_x.array) == [2, 2] and list(alone.data[0].error_x.arrayminus) == [1, 0]
+    with pytest.raises(InputError, match="bounds 'other' belong to no series; series are 'before', 'after'"):
+        bars(["a", "b"], heights, title="t", y="share", bounds={"other": ([0, 0], [0, 0])})
+    with pytest.raises(InputError, match="the bounds: 1 entries for 2 labels"):
+        bars(["a", "b"], [1, 2], title="t", y="share", bounds=([0], [3, 3]))
+
+
 def test_a_mapping_of_series_gives_grouped_bars_with_a_legend():
     figure = bars(["a", "b"], {"before": [1, 2], "after": [3, 4]}, title="t", y="count")
     assert [trace.name for trace in figure.data] == ["before", "after"] and figure.layout.showlegend

@@ -1,12 +1,12 @@
 """Where answers switch, token by token, and answers that do not switch at the same place to compare them with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qscope_jax.errors import InputError
-from qscope_jax.features.switching.code_switching import Response, first_switched_token
+from qscope_jax.features.switching.code_switching import Response, first_switched_token, is_switched
 from qscope_jax.models.language_model import LanguageModel
 
 
@@ -58,36 +58,41 @@ def switch_points(model: LanguageModel, prompts: Sequence[str], responses: Seque
 
 
 def matched_points(
-    model: LanguageModel, prompts: Sequence[str], responses: Sequence[Response], script: str, *, matches: int = 4, seed: int = 0
+    model: LanguageModel,
+    points: Sequence[SwitchPoint],
+    prompts: Sequence[str],
+    responses: Sequence[Response],
+    script: str,
+    *,
+    matches: int = 4,
+    seed: int = 0,
 ) -> list[SwitchPoint]:
-    """For every answer that has switched, places in answers that have not, as far from their beginnings.
+    """For every switch, places in answers that have not switched, as far from their beginnings.
 
     They are drawn at random from answers that are long enough: those to the same prompt first, then those in the same language.
 
     Args:
         model: The model.
-        prompts: What it read.
-        responses: The answers.
+        points: The switches.
+        prompts: What the model read.
+        responses: The answers; those that have switched are passed over.
         script: Script of the unwanted language.
         matches: Places for each switch, where there are so many.
         seed: Of the draw.
 
     Raises:
-        InputError: no places are asked for, or as `switch_points`.
+        InputError: no places are asked for, or an answer has no tokens or no prompt.
     """
     if matches < 1:
         raise InputError(f"{matches} answers to compare a switch with; expected 1 or more")
-    points = _points(model, prompts, responses, script)
-    silent = [point for point in points if point.place < 0]
+    silent = [point for point in _points(model, prompts, responses, script) if point.place < 0]
     rng = np.random.default_rng(seed)
     found = []
     for point in points:
-        if point.place < 0:
-            continue
         fitting = [other for other in silent if other.language == point.language and len(other.answer_ids) > point.place]
         # A stable order of nearness after a random one.
         drawn = sorted((fitting[index] for index in rng.permutation(len(fitting))), key=lambda other: other.prompt != point.prompt)
-        found += [SwitchPoint(one.prompt, one.language, one.prompt_ids, one.answer_ids, point.place) for one in drawn[:matches]]
+        found += [replace(one, place=point.place) for one in drawn[:matches]]
     return found
 
 
@@ -103,6 +108,6 @@ def _points(model: LanguageModel, prompts: Sequence[str], responses: Sequence[Re
     points = []
     for response in responses:
         answer = response.token_ids[:-1] if response.stopped else response.token_ids
-        place = first_switched_token(model.tokenizer, answer, script)
+        place = first_switched_token(model.tokenizer, answer, script) if is_switched(response.text, script) else None
         points.append(SwitchPoint(response.prompt, response.language, tuple(ids[response.prompt]), answer, -1 if place is None else place))
     return points

@@ -37,11 +37,13 @@ def test_matches_are_long_enough_and_of_the_same_prompt_first(planted_model, ans
     responses = answered(
         (0, "1234a"), (0, "55555"), (0, "66"), (1, "777777"), (1, "888888", "ar"), (2, "9999999")
     )  # fmt: skip
-    found = matched_points(planted_model, PROMPTS, responses, "Latin", matches=2)
+    points = switch_points(planted_model, PROMPTS, responses, "Latin")
+    found = matched_points(planted_model, points, PROMPTS, responses, "Latin", matches=2)
     texts = [planted_model.tokenizer.decode(list(one.answer_ids)) for one in found]
     assert texts[0] == "55555" and texts[1] in ("777777", "9999999") and {one.place for one in found} == {4}
-    assert len(matched_points(planted_model, PROMPTS, responses, "Latin", matches=9)) == 3
-    draws = {matched_points(planted_model, PROMPTS, responses, "Latin", matches=2, seed=seed)[1].prompt for seed in range(8)}
+    assert matched_points(planted_model, [], PROMPTS, responses, "Latin") == []
+    assert len(matched_points(planted_model, points, PROMPTS, responses, "Latin", matches=9)) == 3
+    draws = {matched_points(planted_model, points, PROMPTS, responses, "Latin", matches=2, seed=seed)[1].prompt for seed in range(8)}
     assert draws == {1, 2}
 
 
@@ -55,4 +57,4 @@ def test_answers_that_tell_nothing_are_refused(planted_model, answered):
     with pytest.raises(InputError, match="answer 0 to prompt 0 has no tokens"):
         switch_points(planted_model, PROMPTS, [replace(answered((0, "a"))[0], token_ids=())], "Latin")
     with pytest.raises(InputError, match="0 answers to compare"):
-        matched_points(planted_model, PROMPTS, answered((0, "a")), "Latin", matches=0)
+        matched_points(planted_model, [], PROMPTS, answered((0, "a")), "Latin", matches=0)

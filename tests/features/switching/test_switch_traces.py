@@ -17,10 +17,8 @@ def planted(x_ND):
 @pytest.fixture
 def points(planted_model, answered):
     responses = answered((0, "0123a5"), (1, "789ab"), (0, "00000000"), (1, "2222"), (2, "3333333"))
-    return (
-        switch_points(planted_model, PROMPTS, responses, "Latin"),
-        matched_points(planted_model, PROMPTS, responses, "Latin", matches=1, seed=0),
-    )
+    switches = switch_points(planted_model, PROMPTS, responses, "Latin")
+    return switches, matched_points(planted_model, switches, PROMPTS, responses, "Latin", matches=1, seed=0)
 
 
 def test_a_planted_feature_is_traced_to_its_peak(planted_model, points):
