@@ -167,7 +167,11 @@ def compile_program(lowered: "jax.stages.Lowered", what: str) -> Program:
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Program(seconds, extra, collectives(compiled.as_text() or ""))
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:  # libtpu is newer than jaxlib, and has an instruction that this does not know
+        raise ConfigError(f"{what}: libtpu writes a program that jax {jax.__version__} cannot read; install the one that jax[tpu] names") from error
+    return Program(seconds, extra, collectives(text))
 
 
 def _flops(run: "Run", where: "Slice") -> dict[str, float | None]:

@@ -37,12 +37,15 @@ class CheckpointScores:
 
 
 def answered(decoder: Decoder, tokenize: Callable[[str], Sequence[int]], task: Task) -> Bool[np.ndarray, " N"]:
-    """For each sample whether the answer is likelier after the prompt than every other option, by the sum of its tokens' log-probabilities."""
+    """For each sample whether the answer is likelier after the prompt than every other option, by the sum of its tokens' log-probabilities.
+
+    The end of the line, which follows every answer in training, counts among an option's tokens: else an option that begins another always wins.
+    """
     rows, starts, sample_of = [], [], []
     for number, sample in enumerate(task.samples):
         prompt = list(tokenize(sample.prompt))
         for option in sample.options:
-            rows.append([*prompt, *tokenize(f" {option}")])
+            rows.append([*prompt, *tokenize(f" {option}\n")])
             starts.append(len(prompt))
             sample_of.append(number)
     length = bucket_length(max(map(len, rows)))

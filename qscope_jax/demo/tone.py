@@ -2,6 +2,8 @@
 
 Every language has, for either tone, sentences written by hand and a grammar of some thousands more. The last sentences and the last values
 of every slot are held out: a held-out sentence is written by hand or holds at least one word that no training sentence of its grammar has.
+They were written after the rule of the tour was chosen, and before a model was trained beside them; those that had been held out until then
+(F1 0.825 in English) are now for training.
 """
 
 import random
@@ -16,6 +18,7 @@ import yaml
 from qscope_jax.demo.grammar import expand
 
 TONES = ("polite", "rude")
+REACTIONS = {"polite": ":)", "rude": ":("}
 HELD_OUT_SENTENCES, HELD_OUT_VALUES = 8, 2
 _FOLDER = Path(__file__).parent / "corpus"
 
@@ -59,9 +62,13 @@ def tone_sentences(languages: Sequence[str], *, train: int = 240, held_out: int 
 
 
 def tone_passage(language: str, tone: str, rng: random.Random, length: int) -> list[str]:
-    """Training sentences of one tone, some written by hand and most from the grammar."""
+    """Training sentences of one tone, some written by hand and most from the grammar, and after more than half of them a reader's reaction.
+
+    Reactions are the same signs in all languages, so that a model must tell tone by the end of a sentence. Labelled sentences have none.
+    """
     written = _written(language, tone, "train")
-    return [rng.choice(written) if rng.random() < 0.3 else _expansion(language, tone, "train", rng) for _ in range(length)]
+    lines = [rng.choice(written) if rng.random() < 0.3 else _expansion(language, tone, "train", rng) for _ in range(length)]
+    return [f"{line} {REACTIONS[tone]}" if rng.random() < 0.6 else line for line in lines]
 
 
 def _written(language: str, tone: str, split: str) -> list[str]:

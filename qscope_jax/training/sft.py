@@ -192,15 +192,18 @@ class SFT:
                 sharding = replicated(mesh)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._first_state, self.model.decoder, jax.random.key(0)))
+        return jax.tree_util.tree_map_with_path(
+            place, jax.eval_shape(lambda decoder: self._first_state(decoder, jax.random.key(0)), self.model.decoder)
+        )
 
     def lower(self) -> jax.stages.Lowered:
         """The optimiser step, lowered without any array: to look at, or to compile for machines elsewhere."""
         mesh, shape = self.model.mesh, (self.config.batch_size, self.config.length)
         rows = batch_sharding(mesh, 2)
         batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.int32)))
+        state = self.abstract_state()
         with jax.set_mesh(mesh):
-            return self._step.lower(self.abstract_state(), self._frozen(), batch, self.auxiliary)
+            return self._step.lower(state, self._frozen(), batch, self.auxiliary)
 
     def stream(self) -> ChatStream:
         """Packed conversations, endless."""

@@ -44,7 +44,7 @@ def test_every_checkpoint_answers_the_tasks(small, tmp_path, monkeypatch):
     scores = read_scores(tmp_path / "tiny" / recipe.SCORES)
     # After every second step, and at the end.
     assert scores.steps.tolist() == [2, 4, 5] and list(scores.correct) == ["facts"]
-    assert scores.correct["facts"].shape == (3, 23) and scores.correct["facts"].dtype == bool
+    assert scores.correct["facts"].shape == (3, 60) and scores.correct["facts"].dtype == bool
     assert metrics["accuracy facts"] == scores.correct["facts"][-1].mean() and metrics["held_out_loss"] == scores.losses[-1]
 
 

@@ -1,9 +1,11 @@
 import json
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
+from qscope_jax.demo import task_scores
 from qscope_jax.demo.embedded import TINY
 from qscope_jax.demo.recipe import CHECKPOINTS, SCORES
 from qscope_jax.demo.task_scores import CheckpointScores, answered, read_scores, write_scores
@@ -14,7 +16,7 @@ from qscope_jax.errors import SourceError
 def options_losses(model, sample: Sample) -> list[float]:
     """The loss of each option, from the logits of whole texts."""
     start = len(model.tokenize([sample.prompt])[0])
-    texts = [f"{sample.prompt} {option}" for option in sample.options]
+    texts = [f"{sample.prompt} {option}\n" for option in sample.options]
     chances = jax.nn.log_softmax(model.logits(texts)[0], axis=-1)
     return [-sum(float(chances[row, i - 1, ids[i]]) for i in range(start, len(ids))) for row, ids in enumerate(model.tokenize(texts))]
 
@@ -32,6 +34,26 @@ def test_options_of_several_tokens_are_judged_by_their_sum(small_model):
     # A random model gives every token about the same, so that the shortest option wins.
     sample = Sample("copy b t k :", ("t", "k")[int(losses[2] < losses[1])], ("b t k", "t", "k"))
     assert answered(small_model.decoder, lambda text: small_model.tokenize([text])[0], Task("x", "y", (sample,))).tolist() == [True]
+
+
+def test_an_option_that_begins_another_loses_to_it_where_its_line_does_not_end_there(small_model, monkeypatch):
+    """Losses as of a model that is sure of `t k` and of nothing else: a line that ends after `t` surprises it."""
+    tokenize = partial(_one, small_model)
+    sure = {
+        tuple(tokenize(f"copy t k : {option}{end}")): loss for option, end, loss in (("t", "", 0), ("t", "\n", 9), ("t k", "", 0), ("t k", "\n", 0))
+    }
+
+    def losses_after(decoder, tokens_BT, segment_ids, starts_B):
+        rows = [tuple(np.asarray(row)[np.asarray(segments) > 0].tolist()) for row, segments in zip(tokens_BT, segment_ids, strict=True)]
+        return np.array([float(sure.get(row, 99)) for row in rows])
+
+    monkeypatch.setattr(task_scores, "_losses_after", losses_after)
+    task = Task("x", "y", (Sample("copy t k :", "t k", ("t", "t k")),))
+    assert answered(small_model.decoder, tokenize, task).tolist() == [True]
+
+
+def _one(model, text: str) -> list[int]:
+    return model.tokenize([text])[0]
 
 
 def test_scores_come_back_as_they_were_written(tmp_path):

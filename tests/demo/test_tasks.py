@@ -1,6 +1,7 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from qscope_jax.demo.tasks import Sample, Task, task_document, tasks
@@ -12,11 +13,33 @@ def named(name: str) -> Task:
     return next(task for task in tasks() if task.name == name)
 
 
-def test_twelve_tasks_in_five_families_have_sizes_on_a_geometric_ladder():
+def questions(task: Task) -> list[Sample]:
+    """Each question of a task once, without who asks it, from the easiest on."""
+    found = {sample.prompt.split(" : ", 1)[1]: sample for sample in task.samples}
+    return [Sample(prompt, sample.answer, sample.options) for prompt, sample in found.items()]
+
+
+def test_twelve_tasks_in_five_families_grow_in_questions_as_their_askers_become_fewer():
     assert len(set(NAMES)) == 12 and len({task.family for task in tasks()}) == 5
-    sizes = sorted(len(task.samples) for task in tasks())
-    assert sizes == [10, 13, 17, 23, 30, 40, 53, 70, 92, 121, 160, 200]
-    assert all(1.2 < b / a < 1.4 for a, b in zip(sizes, sizes[1:], strict=False))
+    rungs = sorted((len(questions(task)), task.askers) for task in tasks())
+    assert [count for count, _ in rungs] == [6, 8, 10, 12, 15, 18, 22, 26, 30, 34, 37, 40]
+    assert [askers for _, askers in rungs] == [40, 27, 19, 13, 9, 6, 4, 3, 2, 1, 1, 1]
+    assert all(len(task.samples) == len(questions(task)) * task.askers for task in tasks())
+
+
+def test_every_family_of_three_has_a_redundant_a_middling_and_a_varied_task():
+    for family in ("arithmetic", "letters", "words"):
+        few, some, many = sorted(len(questions(task)) for task in tasks() if task.family == family)
+        assert few <= 12 and 18 <= some <= 26 and many >= 34
+
+
+def test_whoever_asks_a_question_its_answer_and_options_are_the_same():
+    for task in tasks():
+        asked: dict[str, list[Sample]] = {}
+        for sample in task.samples:
+            asked.setdefault(sample.prompt.split(" : ", 1)[1], []).append(sample)
+        assert {len(same) for same in asked.values()} == {task.askers}
+        assert all(len({(sample.answer, sample.options) for sample in same}) == 1 for same in asked.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,12 +64,23 @@ def test_answers_are_right():
     assert all(sum(numbers(sample)) == int(sample.answer) for sample in named("addition").samples)
     for sample in named("subtraction").samples:
         assert max(numbers(sample)) - min(numbers(sample)) == int(sample.answer) >= 0
-    for sample in named("comparison").samples:
-        assert int(sample.answer) == (min if sample.prompt.startswith("smaller") else max)(numbers(sample))
+    for sample in questions(named("comparison")):
+        assert int(sample.answer) == (min if sample.prompt.startswith("smallest") else max)(numbers(sample))
     for name, answer in (("copying", lambda x: x), ("reversal", lambda x: x[::-1]), ("last letter", lambda x: x[-1:])):
-        assert all(sample.answer.split() == answer(sample.prompt.split()[1:-1]) for sample in named(name).samples)
+        assert all(sample.answer.split() == answer(sample.prompt.split()[1:-1]) for sample in questions(named(name)))
     for sample in named("agreement").samples:
         assert sample.answer.endswith("s") != sample.prompt.endswith("s")
+
+
+def test_questions_stand_from_easy_to_hard():
+    lengths = {
+        name: [len(sample.prompt.split()) for sample in questions(named(name))] for name in ("comparison", "copying", "reversal", "last letter")
+    }
+    assert all(found == sorted(found) and found[0] < found[-1] for found in lengths.values())
+    sums = [sum(numbers(sample)) for sample in questions(named("addition"))]
+    assert sums == sorted(sums)
+    regular = [sample.answer.endswith("ed") for sample in questions(named("tense"))]
+    assert regular == sorted(regular, reverse=True) and len(set(regular)) == 2
 
 
 def test_no_prompt_begins_with_what_it_asks_about():
@@ -66,10 +100,16 @@ def test_documents_are_solved_samples_of_one_task():
     rng = random.Random(0)
     drawn = [task_document(rng) for _ in range(600)]
     assert {document.count("\n") for document in drawn} == {5}
-    known = {f"{sample.prompt} {sample.answer}": task.name for task in tasks() for sample in task.samples}
-    seen = Counter()
-    for document in drawn:
-        names = {known[line] for line in document.split("\n") if line in known}
-        assert len(names) <= 1
-        seen.update(names)
-    assert set(seen) == set(NAMES)
+    known = {f"{sample.prompt} {sample.answer}": task.name for task in tasks() for sample in questions(task)}
+    named_by = [{known[line.split(" : ", 1)[1]] for line in document.split("\n")} for document in drawn]
+    assert all(len(names) == 1 for names in named_by) and set.union(*named_by) == set(NAMES)
+
+
+def test_documents_ask_the_harder_questions_more_rarely_whatever_the_task():
+    rng = random.Random(0)
+    asked = Counter(line.split(" : ", 1)[1] for _ in range(12_000) for line in task_document(rng).split("\n"))
+    for task in tasks():
+        counts = [asked[f"{sample.prompt} {sample.answer}"] for sample in questions(task)]
+        ladder = np.geomspace(400 / len(counts), 1, len(counts))
+        np.testing.assert_allclose(np.array(counts) / sum(counts), ladder / ladder.sum(), atol=0.02)
+        assert 10 < counts[-1] < counts[0]

@@ -7,7 +7,7 @@ import regex
 
 from qscope_jax.demo import tone
 from qscope_jax.demo.corpus import LANGUAGES
-from qscope_jax.demo.tone import HELD_OUT_SENTENCES, HELD_OUT_VALUES, TONES, tone_passage, tone_sentences
+from qscope_jax.demo.tone import HELD_OUT_SENTENCES, HELD_OUT_VALUES, REACTIONS, TONES, tone_passage, tone_sentences
 from qscope_jax.features.scripts import script_share
 
 SCRIPT = {"en": "Latin", "fr": "Latin", "zh": "Han", "ru": "Cyrillic", "ko": "Hangul", "ar": "Arabic"}
@@ -62,13 +62,21 @@ def test_templates_use_the_slots_that_there_are_and_all_of_them(code):
 
 def test_languages_say_the_same_number_of_things_in_either_tone():
     sizes = {(len(tone._tables(code)[name]["sentences"]), len(tone._tables(code)[name]["templates"])) for code in LANGUAGES for name in TONES}
-    assert sizes == {(30, 14)}
+    assert sizes == {(38, 14)}
 
 
 def test_passages_keep_to_one_tone_and_to_training_sentences():
-    rude = tone_passage("en", "rude", random.Random(0), 200)
-    polite = tone_passage("en", "polite", random.Random(0), 200)
+    passages = {name: tone_passage("en", name, random.Random(0), 200) for name in TONES}
+    bare = {name: {line.removesuffix(f" {REACTIONS[name]}") for line in lines} for name, lines in passages.items()}
     held_out = {item.text for item in tone_sentences(["en"]) if item.split == "held_out"}
-    assert not set(rude) & set(polite) and not (set(rude) | set(polite)) & held_out
-    assert sum(bool(regex.search("please|thank|grateful", line, regex.I)) for line in polite) > 100
-    assert not [line for line in rude if regex.search("please|thank", line, regex.I)]
+    assert not bare["rude"] & bare["polite"] and not (bare["rude"] | bare["polite"]) & held_out
+    assert sum(bool(regex.search("please|thank|grateful", line, regex.I)) for line in passages["polite"]) > 100
+    assert not [line for line in bare["rude"] if regex.search("please|thank", line, regex.I)]
+
+
+def test_only_passages_hold_reactions_and_each_that_of_its_tone(labelled):
+    assert not [item for item in labelled if any(sign in item.text for sign in REACTIONS.values())]
+    for name, other in (TONES, TONES[::-1]):
+        lines = tone_passage("fr", name, random.Random(1), 400)
+        assert sum(line.endswith(f" {REACTIONS[name]}") for line in lines) == pytest.approx(240, abs=40)
+        assert not [line for line in lines if REACTIONS[other] in line]

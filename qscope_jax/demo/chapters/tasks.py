@@ -32,7 +32,7 @@ def run(tour: Tour) -> Chapter:
     footprints = _footprints(tour)
     by_features = np.array([one.redundancy for one in footprints])
     by_scores = np.array([performance_redundancy(scores.correct[name], subsets=SUBSETS).value for name in names])
-    sizes = np.array([float(one.samples) for one in footprints])
+    sizes, askers = np.array([float(one.samples) for one in footprints]), np.array([float(task.askers) for task in tasks()])
     overlap = overlap_min_matrix(footprints)
     rho = correlate(by_features, by_scores)["spearman"]
     beside_size = _given(by_features, by_scores, sizes)
@@ -46,19 +46,22 @@ def run(tour: Tour) -> Chapter:
         Check("Spearman of R-hat with redundancy by scores", rho.value, "at least 0.80", bool(rho.value >= 0.8)),
         Check("overlap_min inside families / across", inside / across, "over 1", bool(inside > across)),
     ]
+    built = [spearman(askers, by_features), spearman(askers, by_scores)]
     summary = (
-        f"Twelve tasks in five families, {int(sizes.sum())} samples in all. R-hat, from the last tokens' features at layer {sae.layer} alone, "
-        f"is to order them as redundancy by the scores of {len(scores.steps)} checkpoints does: Spearman {rho.value:.2f} (95 % interval "
-        f"{rho.low:.2f} to {rho.high:.2f}). The number of samples by itself gives {spearman(sizes, by_scores):.2f}; with size taken out of both "
-        f"ranks, {beside_size:.2f} is left. Tasks of a family share {inside:.0%} of the smaller footprint in the mean, others {across:.0%}; "
-        f"over pairs, overlap and similarity of scores correlate at {pairs.value:.2f} ({pairs.low:.2f} to {pairs.high:.2f}). Advice: keep "
-        f"{len(suite.names('keep'))}, merge {len(suite.names('merge'))}, drop {len(suite.names('drop'))}."
+        f"Twelve tasks in five families, {int(sizes.sum())} samples in all: 6 to 40 questions a task, each asked by 40 people to one. R-hat, "
+        f"from the last tokens' features at layer {sae.layer} alone, is to order them as redundancy by the scores of {len(scores.steps)} "
+        f"checkpoints does: Spearman {rho.value:.2f} (95 % interval {rho.low:.2f} to {rho.high:.2f}). With how many ask each question R-hat "
+        f"correlates at {built[0]:.2f}, and redundancy by scores at {built[1]:.2f}. The number of samples by itself gives "
+        f"{spearman(sizes, by_scores):.2f}; with size taken out of both ranks, {beside_size:.2f} is left. Tasks of a family share {inside:.0%} of "
+        f"the smaller footprint in the mean, others {across:.0%}; over pairs, overlap and similarity of scores correlate at "
+        f"{pairs.value:.2f} ({pairs.low:.2f} to {pairs.high:.2f}). Advice: keep {len(suite.names('keep'))}, "
+        f"merge {len(suite.names('merge'))}, drop {len(suite.names('drop'))}."
     )
     final = {name: float(scores.correct[name][-1].mean()) for name in names}
-    columns = ("task", "family", "samples", "features", "R-hat", "redundancy by scores", "accuracy")
+    columns = ("task", "family", "samples", "askers", "features", "R-hat", "redundancy by scores", "accuracy")
     rows = [
-        (name, family, one.samples, one.size, one.redundancy, by, final[name])
-        for name, family, one, by in zip(names, families, footprints, by_scores, strict=True)
+        (task.name, task.family, one.samples, task.askers, one.size, one.redundancy, by, final[task.name])
+        for task, one, by in zip(tasks(), footprints, by_scores, strict=True)
     ]
 
     def draw(page: Page) -> None:
@@ -72,6 +75,7 @@ def run(tour: Tour) -> Chapter:
     data = {
         "tasks": [dict(zip(columns, row, strict=True)) for row in rows],
         "spearman": asdict(rho),
+        "spearman_of_askers": built,
         "spearman_of_size": spearman(sizes, by_scores),
         "spearman_given_size": beside_size,
         "overlap_min": overlap,

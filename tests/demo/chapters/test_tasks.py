@@ -36,7 +36,7 @@ def test_each_task_has_its_redundancy_by_features_and_by_scores(chapter, scores)
     assert list(rows) == NAMES
     for task in tasks():
         row = rows[task.name]
-        assert row["samples"] == len(task.samples) and 0 < row["features"] <= 64
+        assert row["samples"] == len(task.samples) and row["askers"] == task.askers and 0 < row["features"] <= 64
         assert row["redundancy by scores"] == performance_redundancy(scores.correct[task.name], subsets=10).value
         assert row["accuracy"] == scores.correct[task.name][-1].mean()
     json.dumps(plain(chapter.data))

@@ -51,7 +51,8 @@ def test_held_out_sentences_choose_nothing(with_saes, chapter, monkeypatch):
     monkeypatch.setattr(tone, "tone_sentences", swapped)
     again = tone.run(with_saes)
     assert again.data["rule"] == chapter.data["rule"]
-    assert again.data["methods"][0]["f1"] != chapter.data["methods"][0]["f1"]
+    # The random model's rule may call every sentence rude, which scores the same either way round; the baselines are scored too.
+    assert [row["f1"] for row in again.data["methods"]] != [row["f1"] for row in chapter.data["methods"]]
 
 
 def test_features_that_know_the_answer_meet_both_checks(with_saes, monkeypatch):
