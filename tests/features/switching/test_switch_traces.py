@@ -34,6 +34,15 @@ def test_a_planted_feature_is_traced_to_its_peak(planted_model, points):
     assert np.isnan(found.switched.error_OS[0]).all()
 
 
+def test_answers_to_one_prompt_tell_as_much_as_one(planted_model, answered):
+    switches = switch_points(planted_model, PROMPTS, answered((0, "3a"), (0, "3a"), (1, "7a"), (1, "7a")), "Latin")
+    found = switch_traces(planted_model, switches, [], {1: planted}, window=1)[1].switched
+    # As if 3 and 7 were there once each: the error of their mean is half their distance.
+    assert found.counts_O[0] == 4 and found.mean_OS[0, 0] == 5 - 4 and found.error_OS[0, 0] == pytest.approx(2)
+    alone = switch_traces(planted_model, switches[:2], [], {1: planted}, window=1)[1].switched
+    assert alone.mean_OS[0, 0] == 3 - 4 and np.isnan(alone.error_OS).all()
+
+
 def test_the_baseline_is_at_the_same_places(planted_model, points):
     found = switch_traces(planted_model, *points, {1: planted}, window=4)[1]
     # "00000000" at place 4 and "2222" at place 3: four tokens before either, three and none after them.
