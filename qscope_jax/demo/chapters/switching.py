@@ -34,10 +34,11 @@ def run(tour: Tour) -> Chapter:
         Check("switched answers, SASFT / plain fine-tuning", ratio, "at most 0.50", bool(plain) and ratio <= 0.5),
         Check("loss on clean text, SASFT against plain", loss, "at most +0.02", loss <= 0.02),
     ]
+    name = LANGUAGES[TARGET]
     summary = (
-        f"The model is fine-tuned on conversations in its six languages; {SWITCHED_SHARE:.0%} of the answers that should not be {LANGUAGES[TARGET]} "
-        f"switch to it, and so do then {plain:.1%} of the model's own answers to held-out questions. With a loss that keeps the pre-activations of "
-        f"{features.features_MS.size} {LANGUAGES[TARGET]} features at their usual level, {sasft:.1%} do; the loss on clean text changes by {loss:+.1%}."
+        f"The model is fine-tuned on conversations in its six languages; {SWITCHED_SHARE:.0%} of the answers that should not be {name} switch to it, "
+        f"and {plain:.1%} of its own answers to held-out questions then do. With a loss that keeps the pre-activations of {features.features_MS.size} "
+        f"{name} features at their usual level, {sasft:.1%} do; the loss on clean text changes by {loss:+.1%}."
     )
     examples = [one.text for one in results["plain fine-tuning"].answers if one.language == "en" and is_switched(one.text, script)][:3]
 
