@@ -36,9 +36,9 @@ def run(tour: Tour) -> Chapter:
     ]
     name = LANGUAGES[TARGET]
     summary = (
-        f"The model is fine-tuned on conversations in its six languages; {SWITCHED_SHARE:.0%} of the answers that should not be {name} switch to it, "
-        f"and {plain:.1%} of its own answers to held-out questions then do. With a loss that keeps the pre-activations of {features.features_MS.size} "
-        f"{name} features at their usual level, {sasft:.1%} do; the loss on clean text changes by {loss:+.1%}."
+        f"The model is fine-tuned on conversations in its six languages; {SWITCHED_SHARE:.0%} of the answers that should not be {name} switch "
+        f"to it, and {plain:.1%} of its own answers to held-out questions then do. With a loss that keeps the pre-activations of "
+        f"{features.features_MS.size} {name} features at their usual level, {sasft:.1%} do; the loss on clean text changes by {loss:+.1%}."
     )
     examples = [one.text for one in results["plain fine-tuning"].answers if one.language == "en" and is_switched(one.text, script)][:3]
 
