@@ -89,13 +89,19 @@ def ask(model: LanguageModel, target: str, study: Study, seed: int = 0) -> list[
     return sample_responses(model, prompts, replace(study.sampling, seed=seed), samples=study.samples, render=render, batch_size=128)
 
 
-def target_features(model: LanguageModel, saes: Sequence[LayerSAE], target: str, random_seed: int | None = None) -> LanguageFeatures:
-    """Two features of the target at each layer of `saes` and their levels on the six languages, from the corpus' training sentences.
+FEATURES = 16
+"""Of each layer. The papers hold two down, of 16,000 and more; the embedded model's dictionaries have 768, over which a language is spread."""
+
+
+def target_features(
+    model: LanguageModel, saes: Sequence[LayerSAE], target: str, random_seed: int | None = None, count: int = FEATURES
+) -> LanguageFeatures:
+    """Features of the target at each layer of `saes` and their levels on the six languages, from the corpus' training sentences.
 
     With a `random_seed` as many that belong to no language.
     """
     texts = {code: sentences(code) for code in LANGUAGES}
-    return find_language_features(model, saes, texts, target, random_seed=random_seed, config=CorpusConfig(min_tokens=500))
+    return find_language_features(model, saes, texts, target, count=count, random_seed=random_seed, config=CorpusConfig(min_tokens=500))
 
 
 def auxiliary_of(arm: str, model: LanguageModel, target: str, weight: float, features: LanguageFeatures | None = None) -> Auxiliary | None:

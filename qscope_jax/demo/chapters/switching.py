@@ -12,7 +12,7 @@ from qscope_jax.report.page import Page
 from qscope_jax.training.sft import SFTConfig
 
 TITLE = "Answers that stay in their language"
-TARGET, WEIGHT = "zh", 0.3
+TARGET, WEIGHT = "zh", 1.0
 STUDY = Study(
     training=SFTConfig(steps=60, batch_size=16, length=128, learning_rate=1e-3, warmup_steps=10, remat=False),
     conversations=1500, clean=96, questions=40,
