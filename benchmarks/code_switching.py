@@ -136,12 +136,8 @@ def write_page(path: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) ->
             for row in rows
         ]
         page.table(columns, cells, caption=f"{len(rows[0]['seeds'])} seeds together; 95 % intervals over questions")
-        arms, ratios, bounds = (
-            [row["arm"] for row in rows],
-            [row["ratio"] for row in rows],
-            ([row["low"] for row in rows], [row["high"] for row in rows]),
-        )
-        page.figure(bars(arms, ratios, bounds=bounds, title=f"Answers with a {LANGUAGES[target]} character", y="share of answers"))
+        arms, ratios, low, high = ([row[name] for row in rows] for name in ("arm", "ratio", "low", "high"))
+        page.figure(bars(arms, ratios, bounds=(low, high), title=f"Answers with a {LANGUAGES[target]} character", y="share of answers"))
     page.write(path)
 
 

@@ -76,7 +76,7 @@ def run_arm(model: LanguageModel, target: str, auxiliary: Auxiliary | None, stud
     for _ in range(study.training.steps):
         state, _ = recipe.step(state, next(stream))
     loss = float(recipe.evaluate(state)["loss"])
-    return ArmResult(ask(LanguageModel(recipe.export(state), model.source, model.mesh, model.tokenizer), target, study, seed), loss)
+    return ArmResult(ask(recipe.tuning.tuned(state), target, study, seed), loss)
 
 
 def ask(model: LanguageModel, target: str, study: Study, seed: int = 0) -> list[Response]:
