@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qscope_jax.cli import choices, switch_effects
-from qscope_jax.cli.options import Texts, check_at_least, positional
+from qscope_jax.cli.options import Texts, check_at_least
 from qscope_jax.cli.progress import count_progress
 from qscope_jax.cli.results import check_writable, write_result
 from qscope_jax.cli.sources import TINY, ModelOptions, SamplingOptions, open_model, sampling_config, with_stops
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Config(SamplingOptions, ModelOptions):
     """Answer prompts several times and count answers that switch to another language."""
 
-    prompts: str = positional(TINY)
+    prompts: str = TINY
     """Prompts with language and, if known, task: a .jsonl, .parquet or .csv file, a hub dataset, or `tiny` for held-out sentences of the corpus."""
     language: str = "zh"
     """The language that nobody asks for, by its code."""

@@ -25,7 +25,7 @@ class EffectOptions(SAEOptions):
 
     sae: str = ""
     """Folder, file or hub id of the SAEs, or `tiny`; by default those that --features were found in, or `tiny`."""
-    responses: str = positional()
+    file: str = positional()
     """Answers, as `qscope code-switch measure --responses` wrote them."""
     language: str = ""
     """The language that nobody asked for, by its code; by default that of --features, or zh."""
@@ -99,7 +99,7 @@ def trace(config: TraceConfig) -> dict[str, Any]:
     if config.page:
         from qscope_jax.report.switching_page import write_traces_page
 
-        write_traces_page(config.page, traces, names, subtitle=f"{logged.model}, {len(points)} switches to {script}, {config.responses}")
+        write_traces_page(config.page, traces, names, subtitle=f"{logged.model}, {len(points)} switches to {script}, {config.file}")
         print(f"Page: {config.page}")
     layers = {str(layer): {"features": features[layer], **_plain(one)} for layer, one in traces.items()}
     result = {"script": script, "switches": len(points), "baseline": len(baseline), "layers": layers}
@@ -128,7 +128,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     if config.page:
         from qscope_jax.report.switching_page import write_doses_page
 
-        subtitle = f"{logged.model}, {config.responses}"
+        subtitle = f"{logged.model}, {config.file}"
         write_doses_page(config.page, curves, script=script, unit=config.unit, subtitle=subtitle)
         print(f"Page: {config.page}")
     result = {
@@ -189,7 +189,7 @@ def _switches(model: "LanguageModel", script: str, config: EffectOptions) -> "tu
     from qscope_jax.features.switching.response_log import read_responses
     from qscope_jax.features.switching.switch_points import switch_points
 
-    logged = read_responses(config.responses, model.name)
+    logged = read_responses(config.file, model.name)
     points = switch_points(model, logged.prompts, logged.responses, script)
     if config.limit is not None and config.limit < len(points):
         points = [points[index] for index in sorted(np.random.default_rng(config.seed).choice(len(points), config.limit, replace=False).tolist())]
