@@ -72,10 +72,15 @@ class TuningConfig:
         if self.head_chunk < 0:
             raise ConfigError(f"head_chunk is {self.head_chunk}, expected 0 or more")
 
+    @property
+    def updates(self) -> int:
+        """Times that the optimiser is called in the run."""
+        return self.steps
+
     def rate(self) -> optax.Schedule:
-        """Learning rate at a step."""
-        warmup = min(self.warmup_steps, self.steps // 2)
-        rest = max(self.steps - warmup, 1)
+        """Learning rate at an update."""
+        warmup = min(self.warmup_steps, self.updates // 2)
+        rest = max(self.updates - warmup, 1)
         after = {
             "cosine": optax.cosine_decay_schedule(self.learning_rate, rest),
             "linear": optax.linear_schedule(self.learning_rate, 0.0, rest),
