@@ -70,7 +70,9 @@ def test_tokens_that_take_all_probability_give_a_finite_penalty_and_gradient(dec
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_logprobs_and_entropy_are_those_of_the_distribution_at_the_temperature(decoder, stream, chunk):
     predicted = predicted_mask(TRAINED, SEGMENTS)
-    logp, entropy = jax.jit(token_logprobs, static_argnames=("temperature", "chunk"))(decoder, stream, TOKENS, predicted, temperature=0.5, chunk=chunk)
+    logp, entropy = jax.jit(token_logprobs, static_argnames=("temperature", "chunk"))(
+        decoder, stream, TOKENS, predicted, temperature=0.5, chunk=chunk
+    )
     scaled = 2 * np.asarray(decoder.unembed(stream), np.float64)
     expected = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
     targets = np.pad(np.asarray(TOKENS)[:, 1:], ((0, 0), (0, 1)))
