@@ -90,6 +90,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _show(accuracies: "Mapping[str, Sequence[ChoiceAccuracy]]", changes: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    from qscope_jax.report.number_format import format_points
     from qscope_jax.report.terminal import print_table
 
     for name, rows in accuracies.items():
@@ -97,6 +98,6 @@ def _show(accuracies: "Mapping[str, Sequence[ChoiceAccuracy]]", changes: Mapping
         print_table(("group", "questions", "by chance", "accuracy", "by character"), cells, title=f"{name}: log-likelihood of choices")
         print()
     for name, found in changes.items():
-        cells = [(how, f"{100 * one['value']:+.2f}", f"{100 * one['low']:+.2f} to {100 * one['high']:+.2f}") for how, one in found.items()]
+        cells = [(how, f"{100 * one['value']:+.2f}", format_points(one["low"], one["high"])) for how, one in found.items()]
         print_table(("accuracy", "points", "95 %"), cells, title=f"{name} beside {next(iter(accuracies))}")
         print()

@@ -190,6 +190,7 @@ def _examples(responses: "Sequence[Response]", prompts: "Sequence[SwitchPrompt]"
 
 
 def _show(ratios: "Mapping[str, Sequence[SwitchRatio]]", changes: "Mapping[str, Sequence[RatioChange]]", script: str) -> None:
+    from qscope_jax.report.number_format import format_change, format_points
     from qscope_jax.report.terminal import print_table
 
     for name, rows in ratios.items():
@@ -200,9 +201,6 @@ def _show(ratios: "Mapping[str, Sequence[SwitchRatio]]", changes: "Mapping[str, 
         print_table(("answers", "prompts", "number", "switched", "%", "95 %"), cells, title=f"{name}: answers with {script}")
         print()
     for name, rows in changes.items():
-        cells = [
-            (row.name or row.group, f"{100 * row.change:+.2f}", f"{100 * row.low:+.2f} to {100 * row.high:+.2f}", f"{100 * row.relative:+.0f} %")
-            for row in rows
-        ]
+        cells = [(row.name or row.group, f"{100 * row.change:+.2f}", format_points(row.low, row.high), format_change(row.relative)) for row in rows]
         print_table(("answers", "points", "95 %", "relative"), cells, title=f"{name} beside {next(iter(ratios))}")
         print()

@@ -28,6 +28,16 @@ def format_number(value: Any) -> str:
     return text.rstrip("0").rstrip(".") if decimals else text
 
 
+def format_change(share: float) -> str:
+    """A relative change: `-55 %`, or a dash where it is not known."""
+    return f"{100 * share:+.0f} %" if math.isfinite(share) else "–"
+
+
+def format_points(low: float, high: float) -> str:
+    """An interval of a change of shares, in points of a hundred: `-0.52 to +0.10`, or a dash where it is not known."""
+    return f"{100 * low:+.2f} to {100 * high:+.2f}" if math.isfinite(low) and math.isfinite(high) else "–"
+
+
 def format_column(values: Iterable[Any]) -> list[str]:
     """The cells of a column as text; its floats share a number of decimals where their sizes allow it."""
     values = list(values)

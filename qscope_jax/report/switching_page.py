@@ -13,6 +13,7 @@ from qscope_jax.features.switching.code_switching import RatioChange, Response, 
 from qscope_jax.features.switching.switch_ablation import MEASURES, DoseCurves
 from qscope_jax.features.switching.switch_traces import Curve, Trace
 from qscope_jax.report.figures import bars, curves
+from qscope_jax.report.number_format import format_change, format_points
 from qscope_jax.report.page import Align, Page
 
 _AROUND = 240  # characters of an answer shown on either side of its switch
@@ -66,12 +67,13 @@ def write_ratios_page(
                 _row_name(row),
                 _percent(row.before),
                 _percent(row.after),
-                f"{100 * row.change:+.2f} {_interval(row.low, row.high)}",
-                _signed(row.relative),
+                f"{100 * row.change:+.2f}",
+                format_points(row.low, row.high),
+                format_change(row.relative),
             )
             for row in rows
         ]
-        page.table(("", "before, %", "after, %", "change, points", "relative"), cells, align=["left", "right", "right", "right", "right"])
+        page.table(("answers", "before, %", "after, %", "change, points", "interval, points", "relative"), cells, align=_sides(1, 5))
     for name, shown in (examples or {}).items():
         if shown:
             page.heading(f"Switched answers of {name}" if len(ratios) > 1 else "Switched answers")
@@ -199,8 +201,7 @@ def _add_ratios(page: Page, ratios: Mapping[str, Sequence[SwitchRatio]]) -> None
         (model, _row_name(row), row.prompts, row.responses, row.switched, _percent(row.ratio), _interval(row.low, row.high))
         for model, found in ratios.items() for row in found
     ]  # fmt: skip
-    sides: list[Align] = ["left", "left", "right", "right", "right", "right", "right"]
-    page.table(("model", "answers", "prompts", "number", "switched", "%", "interval, %"), cells, align=sides)
+    page.table(("model", "answers", "prompts", "number", "switched", "%", "interval, %"), cells, align=_sides(2, 5))
 
 
 def _add_examples(page: Page, examples: Sequence[SwitchExample], script: str) -> None:
@@ -224,6 +225,13 @@ def _around(mean: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return mean - half, mean + half
 
 
+def _sides(left: int, right: int) -> list[Align]:
+    """Columns of names, then those of numbers that are written out."""
+    names: list[Align] = ["left"]
+    numbers: list[Align] = ["right"]
+    return names * left + numbers * right
+
+
 def _row_name(row: SwitchRatio | RatioChange) -> str:
     return "all" if row.group == "all" else f"{row.group} {row.name}"
 
@@ -233,11 +241,7 @@ def _percent(share: float) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    return "–" if np.isnan(low) else f"({100 * low:.2f} to {100 * high:.2f})"
-
-
-def _signed(share: float) -> str:
-    return "–" if np.isnan(share) else f"{100 * share:+.0f} %"
+    return f"({100 * low:.2f} to {100 * high:.2f})"
 
 
 def _short(text: str) -> str:

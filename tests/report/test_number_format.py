@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qscope_jax.report.number_format import as_number, format_column, format_number, is_numeric
+from qscope_jax.report.number_format import as_number, format_change, format_column, format_number, format_points, is_numeric
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,8 @@ def test_no_decimals_are_shared_where_sizes_are_too_far_apart():
 def test_a_column_is_numeric_when_all_that_is_there_are_numbers():
     assert is_numeric([1, None, 2.5])
     assert not is_numeric([1, "2"]) and not is_numeric([None]) and not is_numeric([]) and not is_numeric([True])
+
+
+def test_changes_of_shares_have_their_sign_and_a_dash_where_they_are_not_known():
+    assert format_change(-0.554) == "-55 %" and format_change(0.1) == "+10 %" and format_change(math.nan) == "–"
+    assert format_points(-0.0052, 0.001) == "-0.52 to +0.10" and format_points(math.nan, math.nan) == "–"
