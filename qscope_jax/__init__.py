@@ -11,6 +11,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "qscope_jax.errors": ("QscopeError",),
     "qscope_jax.parallel.mesh": ("make_mesh",),
+    "qscope_jax.data.chat_data": ("load_conversations",),
+    "qscope_jax.data.chat_templates": ("ChatFormat",),
+    "qscope_jax.data.chat_tokens": ("chat_rows",),
     "qscope_jax.data.tables": ("load_table",),
     "qscope_jax.data.texts": ("load_texts",),
     "qscope_jax.models.config": ("ModelConfig",),
@@ -49,9 +52,12 @@ _HOMES = {
     "qscope_jax.features.generation.endpoint": ("EndpointGenerator",),
     "qscope_jax.features.generation.local_generator": ("LocalGenerator",),
     "qscope_jax.training.activations": ("ActivationConfig",),
+    "qscope_jax.training.lora": ("attach", "init_adapters", "load_adapters", "merge", "save_adapters"),
     "qscope_jax.training.loop": ("LoopConfig", "train"),
     "qscope_jax.training.sae": ("SAETraining",),
     "qscope_jax.training.sae_config": ("SAEConfig",),
+    "qscope_jax.training.sasft": ("SASFTConfig", "feature_ceiling", "script_penalty"),
+    "qscope_jax.training.sft": ("SFT", "SFTConfig"),
     "qscope_jax.training.tokens": ("TokenStream",),
     "qscope_jax.demo.embedded": ("tiny_model", "tiny_saes"),
 }
@@ -59,6 +65,9 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
+    from qscope_jax.data.chat_data import load_conversations
+    from qscope_jax.data.chat_templates import ChatFormat
+    from qscope_jax.data.chat_tokens import chat_rows
     from qscope_jax.data.tables import load_table
     from qscope_jax.data.texts import load_texts
     from qscope_jax.demo.embedded import tiny_model, tiny_saes
@@ -101,8 +110,11 @@ if TYPE_CHECKING:
     from qscope_jax.sae.metrics import evaluate_sae
     from qscope_jax.training.activations import ActivationConfig
     from qscope_jax.training.loop import LoopConfig, train
+    from qscope_jax.training.lora import attach, init_adapters, load_adapters, merge, save_adapters
     from qscope_jax.training.sae import SAETraining
     from qscope_jax.training.sae_config import SAEConfig
+    from qscope_jax.training.sasft import SASFTConfig, feature_ceiling, script_penalty
+    from qscope_jax.training.sft import SFT, SFTConfig
     from qscope_jax.training.tokens import TokenStream
 
 

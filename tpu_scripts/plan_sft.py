@@ -67,7 +67,7 @@ def plan(config: "Config", mesh: "Mesh", where: "Slice") -> dict[str, Any]:
 
     recipe = abstract_recipe(config, mesh)
     built = compile_program(recipe.lower(), f"{where.topology}: the optimiser step")
-    parts = {"weights": bytes_a_device(recipe.model.decoder), "state": bytes_a_device(recipe.abstract_state()), "step": built.extra}
+    parts = {"weights": bytes_a_device(recipe.model.decoder), "state": bytes_a_device(recipe.tuning.abstract_state()), "step": built.extra}
     parts["together"] = sum(parts.values())
     tokens, model = config.batch_size * config.length, recipe.model.config
     # A backward pass is two forward ones, and remat makes every layer once more.

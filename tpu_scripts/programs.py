@@ -91,8 +91,8 @@ def backbone(name: str, dtype: str | None) -> ModelConfig:
     if path.exists():
         hf = read_json(path if path.is_file() else path / "config.json")
     else:
-        known = name.rsplit("/", 1)[-1].removesuffix("-Base")
-        if known not in PUBLISHED:
+        known = {one.lower(): one for one in PUBLISHED}.get(name.rsplit("/", 1)[-1].removesuffix("-Base").lower())
+        if known is None:
             raise ConfigError(f"model {name}: no such folder, and no config is known here; known are {', '.join(PUBLISHED)}, or give a config.json")
         hf = PUBLISHED[known]
     config = ModelConfig.from_hf(hf)

@@ -26,6 +26,7 @@ VERBS = {
     "benchmarks": "find what benchmarks measure, and which to keep",
     "cover": "find the features that a data set fires, and those it misses",
     "sft": "fine-tune on conversations, with features held down",
+    "dapo": "learn from rewards, with rollouts steered into repetition",
     "synthesize": "write texts for the missing ones; mix and score them",
     "code-switch": "count unwanted switches of language, trace and ablate them",
 }

@@ -80,6 +80,18 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
 
 
 def _turns(value: Any, where: str, column: str) -> tuple[Message, ...]:
+    messages = read_turns(value, where, column)
+    if not any(message.role == "assistant" for message in messages):
+        raise InputError(f"{where}: has no assistant turn among {len(messages)}; expected at least one answer, remove the row")
+    return messages
+
+
+def read_turns(value: Any, where: str, column: str) -> tuple[Message, ...]:
+    """Turns from a list of {role, content} or {from, value}.
+
+    Raises:
+        InputError: it is something else; `where` it stands and its `column` are said.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise InputError(f"{where}: column {column} holds {type(value).__name__}, expected a list of turns with role and content")
     messages: list[Message] = []
@@ -98,6 +110,4 @@ def _turns(value: Any, where: str, column: str) -> tuple[Message, ...]:
         if not isinstance(content, str):
             raise InputError(f"{place} holds {type(content).__name__} as its {keys[1]}, expected text")
         messages.append(Message(role, read_text(content, f"{where} turn {number}", column)))
-    if not any(message.role == "assistant" for message in messages):
-        raise InputError(f"{where}: has no assistant turn among {len(messages)}; expected at least one answer, remove the row")
     return tuple(messages)

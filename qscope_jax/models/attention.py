@@ -44,7 +44,7 @@ class SequenceContext:
     sin: Float[Array, "B T 1 C"]
     mask_BTS: Bool[Array, "B T S"]
     window_mask_BTS: Bool[Array, "B T S"] | None
-    slot: Int[Array, ""]
+    slot: Int[Array, ""] | Int[Array, " B"]
     documents: Documents | None
 
 
@@ -107,10 +107,7 @@ class Attention(nnx.Module):
             return self._project(out_BTHC, gate_BTHC), None
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
-            start = (repeat, 0, 0, context.slot, 0)
-            cache = KeyValues(
-                jax.lax.dynamic_update_slice(cache.k_RBGSC, k[None], start), jax.lax.dynamic_update_slice(cache.v_RBGSC, v[None], start)
-            )
+            cache = KeyValues(*(_written(x, new, repeat, context.slot) for x, new in ((cache.k_RBGSC, k), (cache.v_RBGSC, v))))
             k, v = (x[0] if x.shape[0] == 1 else x[repeat] for x in (cache.k_RBGSC, cache.v_RBGSC))
         form = partial(attend, scale=scale, softcap=config.attention_softcap)
         out_BTHC = form(q, k, v, mask_BTS) if cache is not None else in_blocks(form, q, k, v, mask_BTS)
@@ -167,20 +164,30 @@ def in_blocks(
     return jnp.concatenate(parts, axis=1)
 
 
-def causal_mask(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"], slot: Int[Array, ""], window: int | None = None) -> Bool[Array, "B T S"]:
+def causal_mask(
+    queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"], slot: Int[Array, ""] | Int[Array, " B"], window: int | None = None
+) -> Bool[Array, "B T S"]:
     """True where the query at index t may see the key in slot s: same segment, not padding, not later, and within the window.
 
     Args:
         queries_BT: Segment ids of the tokens of this call; 0 is padding.
         keys_BS: Segment ids of all slots.
-        slot: Slot of the first query.
+        slot: Slot of the first query, one for all rows or one for each.
         window: Tokens that a query sees, itself included; None is all.
     """
     same = (queries_BT[:, :, None] == keys_BS[:, None, :]) & (keys_BS[:, None, :] > 0)
-    query_slots = slot + jnp.arange(queries_BT.shape[1], dtype=jnp.int32)
-    back_TS = query_slots[:, None] - jnp.arange(keys_BS.shape[1], dtype=jnp.int32)[None, :]
-    seen_TS = back_TS >= 0 if window is None else (back_TS >= 0) & (back_TS < window)
-    return same & seen_TS[None]
+    query_slots = slot[..., None] + jnp.arange(queries_BT.shape[1], dtype=jnp.int32)  # [T], or [B, T]
+    back = query_slots[..., None] - jnp.arange(keys_BS.shape[1], dtype=jnp.int32)
+    return same & (back >= 0 if window is None else (back >= 0) & (back < window))
+
+
+def _written(cache_RBGSC: Array, new_BGTC: Array, repeat: Int[Array, ""] | int, slot: Array) -> Array:
+    """A layer's keys or values with those of this call at their slots."""
+    if slot.ndim == 0:
+        return jax.lax.dynamic_update_slice(cache_RBGSC, new_BGTC[None], (repeat, 0, 0, slot, 0))
+    rows_B1 = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None]
+    slots_BT = slot[:, None] + jnp.arange(new_BGTC.shape[2], dtype=jnp.int32)
+    return cache_RBGSC.at[repeat, rows_B1, :, slots_BT].set(new_BGTC.swapaxes(1, 2), unique_indices=True)
 
 
 def _implementation(config: ModelConfig) -> str:

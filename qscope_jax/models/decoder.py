@@ -154,21 +154,26 @@ class Decoder(nnx.Module):
         local_BT = _positions(segment_ids)
         documents = _documents(segment_ids, cache, config.delta_conv - 1) if "gated_delta" in config.mixers else None
         if cache is None:
-            slot, keys_BS, decoding = jnp.zeros((), jnp.int32), segment_ids, jnp.zeros((), bool)
+            slot, keys_BS = jnp.zeros((), jnp.int32), segment_ids
             lengths_BT = _segment_lengths(segment_ids, local_BT) if edited else local_BT
         else:
-            slot, decoding = cache.slot, cache.slot > 0
+            slot = cache.slot
             local_BT = local_BT + cache.lengths_B[:, None]
-            keys_BS = jax.lax.dynamic_update_slice(cache.segment_ids_BS, segment_ids, (0, slot))
-            lengths_B = cache.lengths_B + jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
-            prompt_B = jnp.where(decoding, cache.prompt_lengths_B, lengths_B)
+            count_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
+            lengths_B = cache.lengths_B + count_B
+            prompt_B = jnp.where(cache.prompt_lengths_B > 0, cache.prompt_lengths_B, lengths_B)
             lengths_BT = jnp.broadcast_to(prompt_B[:, None], segment_ids.shape)
-            cache = Cache(cache.layers, keys_BS, slot + segment_ids.shape[1], lengths_B, prompt_B)
+            if slot.ndim == 0:
+                keys_BS = jax.lax.dynamic_update_slice(cache.segment_ids_BS, segment_ids, (0, slot))
+            else:
+                rows_B1, slots_BT = jnp.arange(len(slot), dtype=jnp.int32)[:, None], slot[:, None] + jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+                keys_BS = cache.segment_ids_BS.at[rows_B1, slots_BT].set(segment_ids, unique_indices=True)
+            cache = Cache(cache.layers, keys_BS, slot + (segment_ids.shape[1] if slot.ndim == 0 else count_B), lengths_B, prompt_B)
         positions = local_BT if positions is None else positions
         cos, sin = rotary_tables(positions, config.rotary_width, config.rope_theta, config.rope_scaling)
         window = causal_mask(segment_ids, keys_BS, slot, config.sliding_window) if "sliding_attention" in config.mixers else None
         context = SequenceContext(cos, sin, causal_mask(segment_ids, keys_BS, slot), window, slot, documents)
-        return context, EditContext(local_BT, lengths_BT, valid_BT, decoding) if edited else None, cache
+        return context, EditContext(local_BT, lengths_BT, valid_BT) if edited else None, cache
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,8 @@ def _documents(segment_ids: Int[Array, "B T"], cache: Cache | None, before: int)
         slots = jnp.arange(ids_BS.shape[1], dtype=jnp.int32)
         latest_B = jnp.max(jnp.where(ids_BS > 0, slots, 0), axis=1, keepdims=True)
         last_B = jnp.take_along_axis(ids_BS, latest_B, axis=1)[:, 0]
-        earlier_BS = jax.lax.dynamic_slice_in_dim(jnp.pad(ids_BS, ((0, 0), (before, 0))), cache.slot, before, axis=1)
+        starts_B = jnp.broadcast_to(cache.slot, last_B.shape)
+        earlier_BS = jnp.take_along_axis(jnp.pad(ids_BS, ((0, 0), (before, 0))), starts_B[:, None] + jnp.arange(before, dtype=jnp.int32), axis=1)
     # The segment of the last token before each one, padding left out.
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     latest_BT = jnp.pad(jax.lax.cummax(jnp.where(valid_BT, index, -1), axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

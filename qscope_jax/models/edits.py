@@ -32,13 +32,16 @@ class EditContext:
         positions_BT: Position of each token in its document, 0 at the first.
         lengths_BT: Length of the prompt (or packed document) that the token belongs to; resolves negative positions.
         valid_BT: False at padding.
-        decoding: Whether this call continues a cache.
     """
 
     positions_BT: Int[Array, "B T"]
     lengths_BT: Int[Array, "B T"]
     valid_BT: Bool[Array, "B T"]
-    decoding: Bool[Array, ""]
+
+    @property
+    def decoding(self) -> Bool[Array, "B T"]:
+        """True at generated tokens, which are those behind the prompt."""
+        return self.positions_BT >= self.lengths_BT
 
 
 @runtime_checkable
@@ -174,6 +177,32 @@ class ProjectOut:
         moved = (x32 - (self.share_B[:, None] * along_BT)[..., None] * unit_D).astype(x_BTD.dtype)
         active = self.where.mask(context) & (self.share_B[:, None] != 0)
         return jnp.where(active[..., None], moved, x_BTD)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OnRows:
+    """Another edit on some rows of the batch only; the others are untouched to the bit.
+
+    Attributes:
+        edit: The edit, of one row for all.
+        rows_B: Rows that feel it.
+    """
+
+    edit: Edit
+    rows_B: Bool[Array, " B"]
+
+    def check(self, num_layers: int, d_model: int, rows: int) -> None:
+        """See `Edit.check`; an edit with values for each row of a batch whose rows come and go fits none."""
+        self.edit.check(num_layers, d_model, 1)
+
+    def touches(self, layer: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether the edit belongs to this layer, and any row feels it."""
+        return self.edit.touches(layer) & jnp.any(self.rows_B)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], layer: Int[Array, ""], context: EditContext) -> Float[Array, "B T D"]:
+        """The stream, edited in the rows that feel it."""
+        return jnp.where(self.rows_B[:, None, None], self.edit(x_BTD, layer, context), x_BTD)
 
 
 def check_fit(layers: Array, width: int, edit_rows: int, num_layers: int, d_model: int, rows: int) -> None:

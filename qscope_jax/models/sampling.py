@@ -82,17 +82,28 @@ class Sampler:
         )  # fmt: skip
 
 
-def sample(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], sampler: Sampler, step: Int[Array, ""]) -> Int[Array, " B"]:
-    """Draw one token a row. What a setting does not ask for is not computed: the sort of top-k and top-p is skipped without them."""
+def sample(
+    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], sampler: Sampler, step: Int[Array, ""] | Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """Draw one token a row, its `step`-th. What a setting does not ask for is not computed: the sort of top-k and top-p is skipped without them."""
     logits_BV = jax.lax.cond(sampler.penalty != 1, lambda x: penalise(x, seen_BV, sampler.penalty), lambda x: x, logits_BV)
 
     def draw(logits: Array) -> Array:
         scaled = logits / sampler.temperature
-        keys = jax.vmap(jax.random.fold_in, (0, None))(sampler.keys_B, step)
+        keys = jax.vmap(jax.random.fold_in)(sampler.keys_B, jnp.broadcast_to(step, sampler.keys_B.shape))
         restricted = (sampler.top_k > 0) | (sampler.top_p < 1)
         return jax.lax.cond(restricted, lambda x: _draw_restricted(x, keys, sampler), lambda x: jax.vmap(jax.random.categorical)(keys, x), scaled)
 
     return jax.lax.cond(sampler.temperature > 0, draw, lambda x: jnp.argmax(x, axis=-1), logits_BV).astype(jnp.int32)
+
+
+def log_probabilities(logits_BV: Float[Array, "B V"], tokens_B: Int[Array, " B"], temperature: Float[Array, ""]) -> Float[Array, " B"]:
+    """Log-probability of each row's token in `softmax(logits / temperature)` (of the logits themselves where greedy), in float32.
+
+    Before top-k, top-p and the repetition penalty: the distribution that a trainer computes from its own logits.
+    """
+    scaled_BV = logits_BV.astype(jnp.float32) / jnp.where(temperature > 0, temperature, jnp.float32(1))
+    return jnp.take_along_axis(scaled_BV, tokens_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(scaled_BV, axis=1)
 
 
 def penalise(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty: Float[Array, ""]) -> Float[Array, "B V"]:

@@ -1,5 +1,6 @@
 """Logical axis names of every parameter, and the one table that maps them to mesh axes."""
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -124,16 +125,24 @@ def _rows_spec(ndim: int) -> PartitionSpec:
     return PartitionSpec(("data", "fsdp"), *(None,) * (ndim - 1))
 
 
-def keep_rows(x: jax.Array) -> jax.Array:
+def keep_rows(x: jax.Array, axis: int = 0, *, heads: int | None = None) -> jax.Array:
     """Ask the partitioner to leave a batch's rows where they are, over `data` and `fsdp`, on the mesh that is set.
 
     Said after every layer: weights and rows share the axis `fsdp`, and the partitioner, left alone, moves activations instead of weights.
+
+    Args:
+        x: An array with a dimension of rows.
+        axis: That dimension.
+        heads: A dimension that lies over `tensor`, if any.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-    if shards == 1 or x.shape[0] % shards:
-        return x
-    return jax.lax.with_sharding_constraint(x, _rows_spec(x.ndim))
+    wanted = {axis: ("data", "fsdp")} | ({} if heads is None else {heads: ("tensor",)})
+    spec: list[tuple[str, ...] | None] = [None] * x.ndim
+    for place, names in wanted.items():
+        shards = 1 if mesh.empty else math.prod(mesh.shape.get(name, 1) for name in names)
+        if shards > 1 and x.shape[place] % shards == 0:
+            spec[place] = names
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if any(spec) else x
 
 
 def place_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:

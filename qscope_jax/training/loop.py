@@ -44,7 +44,10 @@ class Stream(Protocol):
 
 @runtime_checkable
 class Recipe(Protocol):
-    """What is trained."""
+    """What is trained.
+
+    An attribute `timings`, where a recipe has one, holds what its last step took, such as seconds by part; it is logged with the rates.
+    """
 
     name: str
     unit: str
@@ -183,7 +186,7 @@ def _run(recipe: Recipe, config: LoopConfig, checkpoints: Checkpoints | None, st
             units = recipe.units(batch)
             clock.count(units)
             if is_first() and (step % config.log_every == 0 or step == config.steps):
-                log.write(step, {name: _number(value) for name, value in metrics.items()}, clock.read())
+                log.write(step, {name: _number(value) for name, value in metrics.items()}, clock.read() | getattr(recipe, "timings", {}))
             held_out = {}
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 held_out = _evaluate(recipe, config, state, step, log)

@@ -8,13 +8,20 @@ import pytest
 
 from qscope_jax.demo import corpus, recipe
 from qscope_jax.demo import tour as tour_module
-from qscope_jax.demo.chapters import coverage, explain, tone
+from qscope_jax.demo.chapters import coverage, explain, switching, tone
 from qscope_jax.demo.corpus import LANGUAGES
 from qscope_jax.demo.embedded import TinySAESettings
+from qscope_jax.demo.switching_study import Study
 from qscope_jax.demo.tour import Tour, make_tour
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
+from qscope_jax.models.sampling import SamplingConfig
+from qscope_jax.training.sft import SFTConfig
 
+SMALL_STUDY = Study(
+    training=SFTConfig(steps=2, batch_size=4, length=64, remat=False), sampling=SamplingConfig(max_new_tokens=4, temperature=1.0), conversations=30,
+    clean=6, questions=5, samples=2,
+)  # fmt: skip
 FAST = TinySAESettings(num_features=64, k=4, steps=5, batch_tokens=64)
 
 
@@ -52,6 +59,7 @@ def shrink(small_model) -> Callable[[pytest.MonkeyPatch], Tour]:
         patch.setattr(coverage, "HIGHEST_RATE", 1.0)
         patch.setattr(coverage, "CONFIG", replace(coverage.CONFIG, attempts=2))
         patch.setattr(explain, "TONE_SENTENCES", 4)
+        patch.setattr(switching, "STUDY", SMALL_STUDY)
         return make_tour(None, FAST)
 
     return make

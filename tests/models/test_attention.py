@@ -104,6 +104,12 @@ def test_mask_of_a_continued_cache_counts_from_its_slot():
     assert np.flatnonzero(mask[0, 0]).tolist() == [1, 2, 3] and not mask[1].any()
 
 
+def test_each_row_may_be_at_a_slot_of_its_own():
+    keys = np.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    mask = np.asarray(causal_mask(jnp.asarray([[1], [1]]), jnp.asarray(keys), jnp.asarray([3, 4]), 3))
+    assert np.flatnonzero(mask[0, 0]).tolist() == [1, 2, 3] and np.flatnonzero(mask[1, 0]).tolist() == [2, 3, 4]
+
+
 def test_gains_of_query_and_key_norms_are_per_channel_of_a_head(tiny_config):
     attention, without = (jax.eval_shape(lambda c=c: Attention(c, jax.random.key(0))) for c in (tiny_config(), tiny_config(qk_norm=False)))
     assert attention.q_norm.shape == attention.k_norm.shape == (12,)

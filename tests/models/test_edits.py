@@ -7,7 +7,7 @@ import pytest
 
 from qscope_jax.errors import InputError
 from qscope_jax.models.cache import init_cache
-from qscope_jax.models.edits import AddDirections, EditContext, ProjectOut, where
+from qscope_jax.models.edits import AddDirections, EditContext, OnRows, ProjectOut, where
 from qscope_jax.models.language_model import LanguageModel, forward, load_model
 
 ALL = jnp.arange(3, dtype=jnp.int32)
@@ -133,6 +133,19 @@ def test_projection_leaves_no_component_where_it_acts(decoders, tokens):
     assert_close(reflected @ unit, (plain @ unit) * np.asarray([[-1.0], [1.0], [0.5]]), 1e-5)
 
 
+def test_an_edit_on_some_rows_leaves_the_others_to_the_bit():
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((3, 4, 32)), jnp.float32)
+    context = EditContext(jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (3, 4)), jnp.full((3, 4), 4, jnp.int32), jnp.ones((3, 4), bool))
+    for edit in (add(), project(1)):
+        some, none = (OnRows(edit, jnp.asarray(rows)) for rows in ([False, True, False], [False] * 3))
+        everywhere, got = edit(x, jnp.int32(1), context), some(x, jnp.int32(1), context)
+        assert np.array_equal(got[1], everywhere[1]) and not np.array_equal(got[1], x[1])
+        assert np.array_equal(got[0], x[0]) and np.array_equal(got[2], x[2])
+        assert [bool(one.touches(jnp.int32(layer))) for one in (some, none) for layer in (0, 1)] == [False, True, False, False]
+    with pytest.raises(InputError, match="values for 3 prompts, the batch has 1"):
+        OnRows(add(strengths=[[1.0, 0.0]] * 3), jnp.ones(3, bool)).check(3, 32, 3)
+
+
 def test_edits_apply_in_their_order(decoders, tokens):
     norm = np.linalg.norm(DIRECTIONS[0])
     edited = run(decoders["scanned"], tokens, project(1), add(layers=(1, -1))).residuals[1]
@@ -207,7 +220,7 @@ def test_changing_an_edit_compiles_nothing_in_generation(decoder, number_tokeniz
 def acting(positions, phase="both", *, length=10, decoding=False) -> list[int]:
     """Positions at which an edit acts, in a prompt of `length` tokens or in the five that are generated after it."""
     token = jnp.arange(length, length + 5, dtype=jnp.int32) if decoding else jnp.arange(length, dtype=jnp.int32)
-    context = EditContext(token[None], jnp.full((1, token.size), length, jnp.int32), jnp.ones((1, token.size), bool), jnp.asarray(decoding))
+    context = EditContext(token[None], jnp.full((1, token.size), length, jnp.int32), jnp.ones((1, token.size), bool))
     return token[where(positions, phase).mask(context)[0]].tolist()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qscope_jax.errors import InputError
-from qscope_jax.models.sampling import Sampler, SamplingConfig, penalise, sample
+from qscope_jax.models.sampling import Sampler, SamplingConfig, log_probabilities, penalise, sample
 
 VOCABULARY = 12
 DRAWS = 20_000
@@ -15,13 +15,13 @@ def draw():
     """Tokens drawn from logits [B, V], one a row. Rows and vocabulary are filled up, so that a single program serves all tests."""
     drawn = jax.jit(sample)
 
-    def run(logits, step: int = 0, seen=(), **settings) -> np.ndarray:
+    def run(logits, step: int | np.ndarray = 0, seen=(), **settings) -> np.ndarray:
         filled, marked = np.full((DRAWS, VOCABULARY), -1e9, np.float32), np.zeros((DRAWS, VOCABULARY), bool)
         rows, vocabulary = np.shape(logits)
         filled[:rows, :vocabulary] = logits
         marked[: len(seen), :vocabulary] = seen or False
         sampler = Sampler.make(SamplingConfig(**settings), (), DRAWS)
-        return np.asarray(drawn(jnp.asarray(filled), jnp.asarray(marked), sampler, jnp.int32(step)))[:rows]
+        return np.asarray(drawn(jnp.asarray(filled), jnp.asarray(marked), sampler, jnp.asarray(step, jnp.int32)))[:rows]
 
     return run
 
@@ -86,6 +86,23 @@ def test_seed_step_and_row_each_change_the_draw(draw, logits):
     assert len(set(first)) > 1
     assert not np.array_equal(first, draw(many, temperature=1.0, seed=1))
     assert not np.array_equal(first, draw(many, temperature=1.0, step=1))
+
+
+def test_each_row_may_be_at_a_step_of_its_own(draw, logits):
+    many = np.tile(logits, (64, 1))
+    steps = np.arange(DRAWS, dtype=np.int32) % 2
+    mixed = draw(many, step=steps, temperature=1.0)
+    assert mixed.tolist() == np.where(steps[:64] == 0, draw(many, temperature=1.0), draw(many, step=1, temperature=1.0)).tolist()
+
+
+@pytest.mark.parametrize(("temperature", "divisor"), [(1.0, 1.0), (0.5, 0.5), (0.0, 1.0)])
+def test_log_probabilities_are_those_of_the_softmax_at_the_temperature(logits, temperature, divisor):
+    rows = np.stack([logits, -logits, 1000 * logits])
+    tokens = np.asarray([0, 3, int(np.argmax(logits))], np.int32)
+    scaled = rows.astype(np.float64) / divisor
+    expected = scaled - np.log(np.exp(scaled - scaled.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True)) - scaled.max(axis=1, keepdims=True)
+    got = log_probabilities(jnp.asarray(rows), jnp.asarray(tokens), jnp.float32(temperature))
+    np.testing.assert_allclose(got, expected[np.arange(3), tokens], rtol=1e-6, atol=1e-6)
 
 
 def test_penalty_equals_that_of_transformers(logits):

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 from qscope_jax.errors import ConfigError
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.parallel.mesh import make_mesh
-from qscope_jax.parallel.rules import batch_sharding, leaf_name, parameter_sharding, partition_spec, replicated, shard_tree
+from qscope_jax.parallel.rules import batch_sharding, keep_rows, leaf_name, parameter_sharding, partition_spec, replicated, shard_tree
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,13 @@ def test_a_batch_is_split_over_data_and_fsdp(mesh):
     array = jax.device_put(jnp.zeros((8, 5)), batch_sharding(mesh, 2))
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 5)}
     assert {shard.data.shape for shard in jax.device_put(array, replicated(mesh)).addressable_shards} == {(8, 5)}
+
+
+def test_rows_and_heads_stay_where_they_are(mesh):
+    def spec(shape, *args, **settings) -> PartitionSpec:
+        with jax.set_mesh(mesh):
+            return jax.jit(lambda x: keep_rows(x, *args, **settings))(jnp.zeros(shape)).sharding.spec  # trailing whole dimensions are left out
+
+    assert spec((4, 5)) == PartitionSpec(("data", "fsdp"))
+    assert spec((3, 8, 2, 5), 1, heads=2) == PartitionSpec(None, ("data", "fsdp"), "tensor")
+    assert spec((3, 8, 1, 5), 1, heads=2) == PartitionSpec(None, ("data", "fsdp"))

@@ -11,11 +11,11 @@ B, T, D, K = 2, 6, 16, 4
 LAYER = jnp.int32(1)
 
 
-def context(prompt=T, decoding=False) -> EditContext:
-    """Two rows of T tokens, the last of the second row padding."""
+def context(prompt=T) -> EditContext:
+    """Two rows of T tokens, those behind the prompt generated, the last of the second row padding."""
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     valid = jnp.ones((B, T), bool).at[1, -1].set(False)
-    return EditContext(positions, jnp.full((B, T), prompt, jnp.int32), valid, jnp.asarray(decoding))
+    return EditContext(positions, jnp.full((B, T), prompt, jnp.int32), valid)
 
 
 VALID = np.asarray(context().valid_BT)
@@ -97,7 +97,7 @@ def test_rows_of_a_batch_have_their_own_targets(orthogonal, x):
 
 
 @pytest.mark.parametrize("place, expected", [
-    (where("1,3-4"), [1, 3, 4]), (where(-1), [3]), (where("all", "decode"), []), (where(slice(2, None), "prefill"), [2, 3, 4, 5]),
+    (where("1,3-4"), [1, 3, 4]), (where(-1), [3]), (where("all", "decode"), [4, 5]), (where(slice(2, None), "prefill"), [2, 3]),
 ])  # fmt: skip
 def test_only_chosen_positions_change_and_the_others_stay_to_the_bit(place, expected, orthogonal, x):
     now = context(prompt=4)
@@ -109,9 +109,9 @@ def test_only_chosen_positions_change_and_the_others_stay_to_the_bit(place, expe
         assert np.flatnonzero(moved[1]).tolist() == [position for position in expected if position != T - 1]
 
 
-def test_a_decoding_call_obeys_its_own_phase(orthogonal, x):
+def test_generated_tokens_obey_their_own_phase(orthogonal, x):
     for phase, moves in (("prefill", False), ("decode", True), ("both", True)):
-        edited = clamp(orthogonal, {5: 9.0}, where("all", phase))(x, LAYER, context(decoding=True))
+        edited = clamp(orthogonal, {5: 9.0}, where("all", phase))(x, LAYER, context(prompt=0))
         assert np.any(np.asarray(edited) != np.asarray(x)) == moves
 
 

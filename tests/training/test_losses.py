@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qscope_jax.models.decoder import Decoder
-from qscope_jax.training.losses import head_losses, predicted_mask
+from qscope_jax.training.losses import head_losses, predicted_mask, token_logprobs
 
 B, T = 2, 6
 TOKENS = jnp.array([[4, 8, 15, 16, 23, 42], [7, 7, 1, 2, 3, 0]], jnp.int32)
@@ -65,3 +65,16 @@ def test_tokens_that_take_all_probability_give_a_finite_penalty_and_gradient(dec
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(stream)
     assert np.isfinite(value) and np.isfinite(gradient).all() and value > 0
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_logprobs_and_entropy_are_those_of_the_distribution_at_the_temperature(decoder, stream, chunk):
+    predicted = predicted_mask(TRAINED, SEGMENTS)
+    logp, entropy = jax.jit(token_logprobs, static_argnames=("temperature", "chunk"))(
+        decoder, stream, TOKENS, predicted, temperature=0.5, chunk=chunk
+    )
+    scaled = 2 * np.asarray(decoder.unembed(stream), np.float64)
+    expected = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    targets = np.pad(np.asarray(TOKENS)[:, 1:], ((0, 0), (0, 1)))
+    np.testing.assert_allclose(logp, np.where(predicted, np.take_along_axis(expected, targets[..., None], -1)[..., 0], 0), rtol=1e-5)
+    np.testing.assert_allclose(entropy, np.where(predicted, -(np.exp(expected) * expected).sum(-1), 0), rtol=1e-5)

@@ -128,7 +128,7 @@ def test_a_state_lies_where_its_parameters_do_and_stays_there(model, batch):
     mesh = make_mesh("fsdp=4,tensor=2")
     recipe = SFT(LanguageModel(shard_tree(model.decoder, mesh), mesh=mesh), ROWS, SETTINGS)
     first = recipe.init()
-    wanted = [leaf.sharding for leaf in jax.tree.leaves(recipe.abstract_state())]
+    wanted = [leaf.sharding for leaf in jax.tree.leaves(recipe.tuning.abstract_state())]
     assert [leaf.sharding for leaf in jax.tree.leaves(first)] == wanted
     assert all(np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == leaf.size for leaf in jax.tree.leaves(first) if leaf.ndim == 3)
     after, _ = recipe.step(first, batch)
@@ -214,7 +214,7 @@ def test_adapters_train_alone_and_the_export_has_them_merged(model, batch, tmp_p
     assert np.abs(merged.layers[0].mixer.q_proj[...] - before).max() > 1e-4
     np.testing.assert_array_equal(merged.layers[0].feed_forward.up_proj[...], model.decoder.layers[0].feed_forward.up_proj[...])
     placed = Batch(*map(jnp.asarray, (batch.tokens_BT, batch.segment_ids_BT, batch.trained_BT, batch.languages_BT)))
-    attached, _ = losses(recipe._assemble(state.parameters, model.decoder), placed, None, 0)
+    attached, _ = losses(recipe.tuning.assemble(state.parameters, model.decoder), placed, None, 0)
     alone, _ = losses(merged, placed, None, 0)
     assert float(attached) == pytest.approx(float(alone), rel=1e-5)
 
