@@ -146,4 +146,4 @@ def batch_bytes(run: Run) -> int:
 
 def bytes_a_device(tree: Any) -> int:
     """Bytes that the largest shards of a tree of placed arrays take on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -41,7 +41,7 @@ def load_prompt_rows(source: str | Path, *, column: str = "prompt", split: str =
         InputError: a row has no prompt, a blank one, or turns that cannot be read; file and row are named.
     """
     table = load_table(source, split=split, limit=limit)
-    names = list(dict.fromkeys(name for row in table.rows for name in row))
+    names = list(dict.fromkeys(name for row in table.rows for name in row if name not in (column, "messages")))
     found = []
     for row, place in zip(table.rows, table.places, strict=True):
         where = f"{table.name} {place}"
@@ -49,7 +49,7 @@ def load_prompt_rows(source: str | Path, *, column: str = "prompt", split: str =
         if own not in row:
             raise InputError(f"{where}: has the columns {', '.join(map(repr, row)) or 'none'}; expected {column} or messages")
         messages = _prompt(row[own], where, own)
-        found.append(PromptRow(messages, {name: row.get(name) for name in names if name != own}, where))
+        found.append(PromptRow(messages, {name: row.get(name) for name in names}, where))
     return found
 
 

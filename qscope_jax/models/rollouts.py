@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.edits import Edit
 from qscope_jax.models.rollout_steps import PromptStates, RolloutState, begin_rows, draw, no_rollouts, read_prompts
 from qscope_jax.models.sampling import Sampler, SamplingConfig
-from qscope_jax.parallel.rules import on_host
+from qscope_jax.parallel.rules import on_host, replicated
 
 # Steps after which the host hears of the tokens drawn, however few rows are done.
 _STEPS = 64
@@ -130,6 +130,25 @@ class RolloutSampler:
         at_once = -(-self.rows // (group_size * self._shards)) * self._shards
         with jax.set_mesh(self.mesh):
             return _Run(self, decoder, prompts, seeds, tuple(edits), edit_prompts).rollouts(entries, at_once)
+
+    def lower(self, decoder: Decoder, edits: Sequence[Edit] = ()) -> tuple[jax.stages.Lowered, RolloutState]:
+        """The loop that draws, lowered without any array, and the state that it carries: to plan a run for machines elsewhere.
+
+        Args:
+            decoder: Described parameters, with their shardings.
+            edits: Interventions.
+        """
+        everywhere = replicated(self.mesh)
+
+        def described(leaf: Any, place: Any = everywhere) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        with jax.set_mesh(self.mesh):
+            first = no_rollouts.lower(self.config, self.rows, self.prompt_length + self.max_new_tokens)
+            state = jax.tree.map(described, first.out_info, first.compile().output_shardings)
+            sampler, felt = jax.tree.map(described, (self.arrays, tuple(edits)))
+            number = described(np.int32(0))
+            return draw.lower(decoder, state, sampler, felt, number, number, steps=_STEPS), state
 
     def _check(self, prompts: Sequence[Sequence[int]], group_size: int, seeds: Sequence[int], edits: Sequence[Edit], steered: Sequence[int]) -> None:
         if group_size < 1 or not len(prompts):

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from qscope_jax.data.buckets import bucket_length
 from qscope_jax.errors import ConfigError, InputError
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.edits import Edit
@@ -26,7 +27,7 @@ from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.models.rollouts import Rollout, RolloutSampler
 from qscope_jax.models.sampling import SamplingConfig
 from qscope_jax.parallel.processes import is_first
-from qscope_jax.parallel.rules import place_rows, shard_tree
+from qscope_jax.parallel.rules import batch_sharding, place_rows, shard_tree
 from qscope_jax.training.dapo.advantages import SCALES, group_advantages
 from qscope_jax.training.dapo.group_filter import Refill, keep_groups
 from qscope_jax.training.dapo.policy_batch import PolicyBatch, policy_batch
@@ -276,6 +277,24 @@ class DAPO:
             decoder = self._policy(state.parameters, self.model.decoder)
         return decoder if self.rollout_mesh is self.model.mesh else shard_tree(decoder, self.rollout_mesh)
 
+    def lower(self) -> jax.stages.Lowered:
+        """An update of rollouts as long as they may be, lowered without any array: to look at, or to compile for machines elsewhere."""
+        config, mesh = self.config, self.model.mesh
+        rows = config.num_rows // config.num_mini_batches
+        multiple = max(config.head_chunk, 1)
+        length = -(-bucket_length(config.max_prompt_length + config.max_completion_length) // multiple) * multiple
+
+        def array(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape)))
+
+        mini = [*(array(dtype, rows, length) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.float32)),
+                *(array(dtype, rows) for dtype in (jnp.float32, jnp.bool_, jnp.bool_))]  # fmt: skip
+        old = array(jnp.float32, rows, length) if config.num_iterations * config.num_mini_batches > 1 else None
+        reference = array(jnp.float32, rows, length) if config.beta else None
+        state = self.tuning.abstract_state()
+        with jax.set_mesh(mesh):
+            return self._update.lower(state, self.tuning.frozen, mini, old, reference)
+
     def save(self, state: TunedState, folder: Path) -> Path:
         """Write the trained model; see `Tuning.save`."""
         return self.tuning.save(state, folder)
@@ -299,7 +318,9 @@ class DAPO:
         rollouts = [one for group in chosen for one in group.rollouts]
         scores = _joined([group.scores for group in chosen])
         metrics: dict[str, float] = {f"groups/{name}": float(count) for name, count in (*refill.counts.items(), *verdicts.items())}
-        return Groups(rollouts, scores), metrics | group_metrics(rollouts, scores, config.num_generations, self._outcome(scores))
+        if rollouts:
+            metrics |= group_metrics(rollouts, scores, config.num_generations, self._outcome(scores))
+        return Groups(rollouts, scores), metrics
 
     def _generation_batch(self, decoder: Decoder, batch: DrawnPrompts, seconds: dict[str, float]) -> tuple[list[Groups], np.ndarray, dict[str, int]]:
         config = self.config
