@@ -130,33 +130,41 @@ def read_features(
         ShapeError: an SAE does not fit the model.
         InputError: no text, an empty text, or a layer out of range or given twice.
     """
-    if not saes:
-        raise InputError("no SAE given to read features with")
-    layers = [sae.layer for sae in saes]
-    if len(set(layers)) != len(layers):
-        raise InputError(f"SAEs of layers {layers}: give of each layer one; read two of a layer in two calls")
-    for sae in saes:
-        sae.check_width(model.config.d_model, model.name)
-        model.check_layer(sae.layer)
-    parts: dict[int, list[tuple]] = {layer: [] for layer in layers}
-    taps = jnp.asarray(layers, jnp.int32)
-    ids = model.tokenize(texts)
-    for start in range(0, len(ids), BATCH_TEXTS):
-        rows = ids[start : start + BATCH_TEXTS]
-        batch = pad_batch(rows, length=bucket_length(max(map(len, rows))))
-        with jax.set_mesh(model.mesh):
-            out = forward(model.decoder, batch.tokens_BT, batch.segment_ids_BT, (), taps, stop_after=max(parts))
-            assert out.residuals is not None
-            for sae, x in zip(saes, out.residuals, strict=True):
-                code, norms, counted = read_codes(sae.autoencoder, x, jnp.asarray(batch.segment_ids_BT), max_norm_multiple, drop_first)
-                shape = (*batch.tokens_BT.shape, -1)
-                arrays = [np.asarray(a) for a in (code.values.reshape(shape), code.indices.reshape(shape), norms, counted)]
-                for row, length in enumerate((batch.segment_ids_BT > 0).sum(axis=1)):
-                    parts[sae.layer].append((tuple(batch.tokens_BT[row, :length].tolist()), *(a[row, :length] for a in arrays)))
-    return {
-        sae.layer: Readout(sae.layer, sae.num_features, tuple(texts), *(tuple(column) for column in zip(*parts[sae.layer], strict=True)))
-        for sae in saes
-    }
+    _check_saes(model, saes)
+    return _read(model, saes, model.tokenize(texts), tuple(texts), drop_first, max_norm_multiple, BATCH_TEXTS)
+
+
+def read_token_features(
+    model: LanguageModel,
+    saes: Sequence[LayerSAE],
+    token_ids: Sequence[Sequence[int]],
+    *,
+    drop_first: bool = True,
+    max_norm_multiple: float = MAX_NORM_MULTIPLE,
+    batch_texts: int | None = None,
+) -> dict[int, Readout]:
+    """As `read_features`, of the very tokens, such as sampled ones, whose text may be split into others.
+
+    Args:
+        model: The model.
+        saes: SAEs of distinct layers.
+        token_ids: Tokens of each text.
+        drop_first: Do not count the first token of a text.
+        max_norm_multiple: As there.
+        batch_texts: Texts that are read at a time; fewer where they are long.
+
+    Raises:
+        ShapeError: an SAE does not fit the model.
+        InputError: no tokens, an id outside of the vocabulary, or a layer out of range or given twice.
+    """
+    _check_saes(model, saes)
+    ids = [list(row) for row in token_ids]
+    if not ids or not all(ids):
+        raise InputError("there are no token ids to read, or none of one text; give at least one for each")
+    if outside := [(row, token) for row, tokens in enumerate(ids) for token in tokens if not 0 <= token < model.config.vocab_size]:
+        raise InputError(f"text {outside[0][0]} has token id {outside[0][1]}; {model.name} has 0 to {model.config.vocab_size - 1}")
+    texts = tuple(model.tokenizer.decode(row, skip_special_tokens=False) for row in ids)
+    return _read(model, saes, ids, texts, drop_first, max_norm_multiple, batch_texts or BATCH_TEXTS)
 
 
 def token_texts(model: LanguageModel, token_ids: Sequence[int]) -> list[str]:
@@ -171,3 +179,42 @@ def read_codes(
     """Codes of all B * T tokens, the norms of their streams [B, T], and which of them count [B, T]; padding does not."""
     counted = ordinary_tokens(x_BTD, segment_ids, max_norm_multiple=max_norm_multiple, drop_first=drop_first)
     return sae.encode(x_BTD.reshape(-1, x_BTD.shape[-1])), jnp.linalg.norm(x_BTD.astype(jnp.float32), axis=-1), counted
+
+
+def _check_saes(model: LanguageModel, saes: Sequence[LayerSAE]) -> None:
+    if not saes:
+        raise InputError("no SAE given to read features with")
+    layers = [sae.layer for sae in saes]
+    if len(set(layers)) != len(layers):
+        raise InputError(f"SAEs of layers {layers}: give of each layer one; read two of a layer in two calls")
+    for sae in saes:
+        sae.check_width(model.config.d_model, model.name)
+        model.check_layer(sae.layer)
+
+
+def _read(
+    model: LanguageModel,
+    saes: Sequence[LayerSAE],
+    ids: Sequence[Sequence[int]],
+    texts: tuple[str, ...],
+    drop_first: bool,
+    max_norm_multiple: float,
+    batch_texts: int,
+) -> dict[int, Readout]:
+    parts: dict[int, list[tuple]] = {sae.layer: [] for sae in saes}
+    taps = jnp.asarray(list(parts), jnp.int32)
+    for start in range(0, len(ids), batch_texts):
+        rows = ids[start : start + batch_texts]
+        batch = pad_batch(rows, length=bucket_length(max(map(len, rows))))
+        with jax.set_mesh(model.mesh):
+            out = forward(model.decoder, batch.tokens_BT, batch.segment_ids_BT, (), taps, stop_after=max(parts))
+            assert out.residuals is not None
+            for sae, x in zip(saes, out.residuals, strict=True):
+                code, norms, counted = read_codes(sae.autoencoder, x, jnp.asarray(batch.segment_ids_BT), max_norm_multiple, drop_first)
+                shape = (*batch.tokens_BT.shape, -1)
+                arrays = [np.asarray(a) for a in (code.values.reshape(shape), code.indices.reshape(shape), norms, counted)]
+                for row, length in enumerate((batch.segment_ids_BT > 0).sum(axis=1)):
+                    parts[sae.layer].append((tuple(batch.tokens_BT[row, :length].tolist()), *(a[row, :length] for a in arrays)))
+    return {
+        sae.layer: Readout(sae.layer, sae.num_features, texts, *(tuple(column) for column in zip(*parts[sae.layer], strict=True))) for sae in saes
+    }
