@@ -9,7 +9,7 @@ from qscope_jax.training.dapo.rewards import Reward, RewardInputs, check_columns
 
 INPUTS = RewardInputs(["p", "p", "q"], ["a", "bb", "ccc"], [[1], [1, 2], [1, 2, 3]], {"answer": ["a", "b", "ccc"], "task": ["x", "x", "y"]})
 
-MODULE = '''
+MODULE = """
 def lengths(completions, **columns):
     return [len(text) for text in completions]
 
@@ -28,7 +28,7 @@ class Holder:
         return [0.5] * len(completions)
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -93,7 +93,8 @@ def test_functions_are_called_as_trl_calls_them_and_may_change_what_they_get():
 
 
 @pytest.mark.parametrize(
-    "result", [[1, 0.5, True], (1, 0.5, 1), np.array([1, 0.5, 1], np.float32), jnp.array([1, 0.5, 1]), [np.float32(1), jnp.float32(0.5), np.bool_(True)]]
+    "result",
+    [[1, 0.5, True], (1, 0.5, 1), np.array([1, 0.5, 1], np.float32), jnp.array([1, 0.5, 1]), [np.float32(1), jnp.float32(0.5), np.bool_(True)]],
 )
 def test_numbers_may_come_as_any_kind_of_list(result):
     np.testing.assert_array_equal(scores_of(lambda **_: result).totals_N, [1, 0.5, 1])
