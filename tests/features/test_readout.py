@@ -6,7 +6,7 @@ import pytest
 
 from qscope_jax.errors import InputError, ShapeError
 from qscope_jax.features import readout as module
-from qscope_jax.features.readout import read_features, token_texts
+from qscope_jax.features.readout import read_features, read_token_features, token_texts
 from qscope_jax.sae.autoencoder import SparseAutoencoder, densify
 from qscope_jax.sae.layer_sae import LayerSAE
 
@@ -82,6 +82,15 @@ def test_every_token_reads_as_the_sae_encodes_its_residual_stream(character_mode
     assert any(np.abs(a - b).max() > 1 for a, b in zip(readouts[0].values, readouts[1].values, strict=True))
 
 
+def test_tokens_read_as_their_text_does(character_model, saes):
+    ids = [[ord(character) - 30 for character in text] for text in TEXTS]
+    by_tokens, by_text = read_token_features(character_model, saes, ids), read_features(character_model, saes, TEXTS)
+    assert by_tokens[2].texts == tuple(TEXTS) and by_tokens[2].token_ids == by_text[2].token_ids
+    for layer in range(3):
+        for ours, theirs in zip(by_tokens[layer].values, by_text[layer].values, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_several_batches_read_as_one(character_model, saes, monkeypatch):
     whole = read_features(character_model, saes, TEXTS)
     monkeypatch.setattr(module, "BATCH_TEXTS", 2)
@@ -116,6 +125,10 @@ def test_what_cannot_be_read_is_refused_in_one_line(character_model, saes, reado
         (InputError, "non-empty list", lambda: read_features(character_model, saes, [])),
         (InputError, "non-empty list", lambda: read_features(character_model, saes, "a text")),
         (InputError, "text 40 is empty", lambda: read_features(character_model, saes, ["a"] * 40 + [""])),
+        (InputError, "text 1 has token id 97", lambda: read_token_features(character_model, saes, [[1], [97]])),
+        (InputError, "text 0 has token id -1", lambda: read_token_features(character_model, saes, [[1, -1]])),
+        (InputError, "none of one text", lambda: read_token_features(character_model, saes, [[1], []])),
+        (InputError, "no token ids to read", lambda: read_token_features(character_model, saes, [])),
         (InputError, "'max' or 'mean'", lambda: readout.top(0, 1, by="median")),
         (InputError, "feature 3 is out of range", lambda: readout.activation(0, 3)),
     ]

@@ -24,7 +24,7 @@ def endless_repetition(token_ids: Sequence[int], *, stopped: bool) -> int | None
         return None
     ids = np.asarray(token_ids, np.int64)
     for period in range(1, MAX_PERIOD + 1):
-        needed = MIN_TOKENS
+        needed = max(_ROUNDS * period, MIN_TOKENS)
         if needed > len(ids):
             return None
         if np.array_equal(ids[-needed + period :], ids[-needed:-period]):

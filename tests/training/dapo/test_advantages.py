@@ -40,6 +40,11 @@ def test_equal_rewards_have_advantages_of_exactly_zero(value, dtype, scale):
         assert alone.counts["zero_variance"] == beside.counts["zero_variance"] == 1
 
 
+def test_rewards_in_single_precision_are_computed_in_double():
+    rewards = np.array([12345.67, 12345.66, 12345.65, 12345.67], np.float32)
+    np.testing.assert_array_equal(advantages(*rewards, dtype=np.float32), advantages(*rewards.astype(np.float64)))
+
+
 def test_each_group_is_compared_with_itself_alone():
     both = advantages(1, -1, -1, -1, 10, 11, 12, 13, group_size=4)
     np.testing.assert_array_equal(both, np.concatenate([advantages(1, -1, -1, -1), advantages(10, 11, 12, 13)]))

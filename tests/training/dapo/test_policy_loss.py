@@ -111,6 +111,16 @@ def test_on_policy_the_gradient_is_minus_the_advantage_by_the_tokens_of_the_step
     assert sums["ratio"] == LENGTHS.sum() and sums["clip_low"] == sums["clip_high"] == sums["old_kl"] == 0
 
 
+def test_the_policy_before_may_be_the_policy_itself_and_gets_no_gradient():
+    mask, advantages = jnp.asarray(MASK), jnp.asarray(ADVANTAGES, jnp.float32)
+
+    def loss(logp):
+        return policy_loss(logp, logp, advantages, mask, policy_counts(mask), PolicyLossConfig(), width=WIDTH)[0]
+
+    gradient = jax.jit(jax.grad(loss))(jnp.asarray(NEW, jnp.float32))
+    np.testing.assert_allclose(gradient, np.where(MASK, -ADVANTAGES[:, None] / LENGTHS.sum(), 0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_loss_and_gradient_equal_the_papers_formulas_in_double_precision(settings):
     config = PolicyLossConfig(**settings)
