@@ -12,6 +12,7 @@ _HOMES = {
     "qscope_jax.errors": ("QscopeError",),
     "qscope_jax.parallel.mesh": ("make_mesh",),
     "qscope_jax.data.tables": ("load_table",),
+    "qscope_jax.data.text_stream": ("TextStream",),
     "qscope_jax.data.texts": ("load_texts",),
     "qscope_jax.models.config": ("ModelConfig",),
     "qscope_jax.models.decoder": ("Decoder", "DecoderOutput"),
@@ -60,6 +61,7 @@ __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
     from qscope_jax.data.tables import load_table
+    from qscope_jax.data.text_stream import TextStream
     from qscope_jax.data.texts import load_texts
     from qscope_jax.demo.embedded import tiny_model, tiny_saes
     from qscope_jax.errors import QscopeError
