@@ -105,6 +105,17 @@ def test_documents_move_no_further_than_the_buffer(hub):
     assert [sorted(order[i : i + 8]) for i in range(0, 32, 8)] == [sorted(mixed[i : i + 8]) for i in range(0, 32, 8)]
 
 
+def test_each_filling_of_the_buffer_and_each_lane_and_epoch_is_mixed_in_its_own_way(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ({"text": str(row)} for row in range(32)))
+    alone, (one, other) = (
+        epochs(TextStream(path, shuffle_buffer=16), 2),
+        (epochs(TextStream(path, shuffle_buffer=16), number=n, lanes=2) for n in range(2)),
+    )
+    ways = [tuple(int(text) % 16 for text in alone[start : start + 16]) for start in range(0, 64, 16)]
+    ways += [tuple(int(text) // 2 % 8 for text in lane[start : start + 8]) for lane in (one, other) for start in (0, 8)]
+    assert len(set(ways)) == 8 and all(sorted(way) == list(range(len(way))) for way in ways)
+
+
 def test_files_are_read_no_further_than_the_buffer_wants(hub, monkeypatch):
     read = []
     monkeypatch.setattr(text_stream, "read_text", lambda value, where, name: read.append(value) or value)
