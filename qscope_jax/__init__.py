@@ -15,6 +15,7 @@ _HOMES = {
     "qscope_jax.data.chat_templates": ("ChatFormat",),
     "qscope_jax.data.chat_tokens": ("chat_rows",),
     "qscope_jax.data.tables": ("load_table",),
+    "qscope_jax.data.text_stream": ("TextStream",),
     "qscope_jax.data.texts": ("load_texts",),
     "qscope_jax.models.config": ("ModelConfig",),
     "qscope_jax.models.decoder": ("Decoder", "DecoderOutput"),
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from qscope_jax.data.chat_templates import ChatFormat
     from qscope_jax.data.chat_tokens import chat_rows
     from qscope_jax.data.tables import load_table
+    from qscope_jax.data.text_stream import TextStream
     from qscope_jax.data.texts import load_texts
     from qscope_jax.demo.embedded import tiny_model, tiny_saes
     from qscope_jax.errors import QscopeError

@@ -1,7 +1,6 @@
 """`qscope cache-activations`: write residual streams to disk, for training on them."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,9 +9,10 @@ from qscope_jax.cli.options import Integers, check_at_least
 from qscope_jax.cli.progress import token_progress
 from qscope_jax.cli.results import check_writable
 from qscope_jax.cli.sources import open_model
-from qscope_jax.cli.training_data import TrainingTextOptions, split_documents, tokenize_documents
+from qscope_jax.cli.training_data import TrainingTextOptions, say_skipped, split_documents, tokenize_documents
 
 if TYPE_CHECKING:
+    from qscope_jax.cli.training_data import TrainingTexts
     from qscope_jax.models.language_model import LanguageModel
     from qscope_jax.training.activation_files import ActivationCache
     from qscope_jax.training.tokens import TokenStream
@@ -27,7 +27,7 @@ class Config(TrainingTextOptions):
     layers: Integers | None = None
     """Layers: all, 3 or 2,4-5; by default all."""
     max_tokens: int | None = None
-    """Stop after so many kept tokens; by default at the end of the documents."""
+    """Stop after so many kept tokens; by default at the end of the documents, of a stream too."""
     shard_tokens: int = 131_072
     """Tokens of a shard; an interruption loses at most one."""
     disk_dtype: Literal["bfloat16", "float32", "float16", "model"] = "bfloat16"
@@ -72,10 +72,11 @@ def run(config: Config) -> dict[str, Any]:
 
         cache = cache_activations(model, tokens, settings, config.out, data=_described(config), overwrite=config.overwrite, report=report)
     (start, resumed) = began[0]
+    say_skipped(texts)
     return _show(cache, resumed, time.monotonic() - start)
 
 
-def _tokens(model: "LanguageModel", texts: Sequence[str], config: Config) -> "TokenStream":
+def _tokens(model: "LanguageModel", texts: "TrainingTexts", config: Config) -> "TokenStream":
     from qscope_jax.data.batches import BatchConfig
     from qscope_jax.training.tokens import TokenStream
 
@@ -86,7 +87,7 @@ def _described(config: Config) -> dict[str, Any]:
     """What the documents are, for telling whether an unfinished cache is of the same."""
     from qscope_jax.data.resumable import source_fingerprint
 
-    names = ("data", "column", "split", "limit", "holdout_share")
+    names = ("data", "column", "split", *(("shuffle_buffer", "held_out_documents") if config.stream else ("limit", "holdout_share")))
     return {name: getattr(config, name) for name in names} | {"files": source_fingerprint(Path(config.data))}
 
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qscope_jax.cli.options import Integers, check_at_least, same_named
 from qscope_jax.cli.sources import cut_texts, open_model
-from qscope_jax.cli.training_data import TrainingTextOptions, split_documents, tokenize_documents
+from qscope_jax.cli.training_data import TrainingTextOptions, say_skipped, split_documents, tokenize_documents
 from qscope_jax.cli.training_run import RunOptions, check_run, run_to_end
 from qscope_jax.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
+    from qscope_jax.cli.training_data import TrainingTexts
     from qscope_jax.models.language_model import LanguageModel
     from qscope_jax.training.sae import ActivationSource, SAETraining
     from qscope_jax.training.sae_config import SAEConfig
@@ -92,7 +93,8 @@ def run(config: Config) -> dict[str, Any]:
         join_processes()
     out = from_first(lambda: _check(config))
     model = open_model(config.model, config.dtype, config.mesh)
-    recipe = _recipe(model, config)
+    texts, held_out = split_documents(config)
+    recipe = _recipe(model, texts, held_out[:_HELD_OUT], config)
     end = run_to_end("train-sae", recipe, config, config.steps)
     if end is None:
         return {"finished": False, "layers": {}}
@@ -108,6 +110,7 @@ def run(config: Config) -> dict[str, Any]:
 
         result["page"] = str(write_run_page(out))
         _show(result, out)
+        say_skipped(texts)
     return result
 
 
@@ -121,24 +124,24 @@ def sae_config(config: Config, d_model: int) -> "SAEConfig":
 
 def _check(config: Config) -> Path:
     """The run's folder; what can be wrong is found before anything is loaded."""
-    if config.keep_best and not config.holdout_share:
-        raise ConfigError(f"keep_best is {config.keep_best}, but holdout_share 0 keeps no documents to choose by")
+    if config.keep_best and not config.keeps_some:
+        option = "held_out_documents" if config.stream else "holdout_share"
+        raise ConfigError(f"keep_best is {config.keep_best}, but {option} 0 keeps no documents to choose by")
     check_at_least(config, 1, "model_batch", "limit", "num_features")
     check_at_least(config, 2, "sequence_length")
     return check_run(config)
 
 
-def _recipe(model: "LanguageModel", config: Config) -> "SAETraining":
+def _recipe(model: "LanguageModel", texts: "TrainingTexts", held_out: Sequence[str], config: Config) -> "SAETraining":
     from qscope_jax.training.sae import SAETraining
 
-    texts, held_out = split_documents(config)
-    held_out = cut_texts(model, [text for text in held_out[:_HELD_OUT] if text.strip()], config.sequence_length)
+    held_out = cut_texts(model, [text for text in held_out if text.strip()], config.sequence_length)
     size = sae_config(config, model.config.d_model)
     layers, activations = _cached(model, config) if config.activations else _on_the_fly(model, texts, config)
     return SAETraining(model, layers, activations, size, held_out)
 
 
-def _on_the_fly(model: "LanguageModel", texts: Sequence[str], config: Config) -> tuple[tuple[int, ...], Callable[[], "ActivationSource"]]:
+def _on_the_fly(model: "LanguageModel", texts: "TrainingTexts", config: Config) -> tuple[tuple[int, ...], Callable[[], "ActivationSource"]]:
     from qscope_jax.data.batches import BatchConfig
     from qscope_jax.training.activations import ActivationConfig, ActivationStream
     from qscope_jax.training.tokens import TokenStream

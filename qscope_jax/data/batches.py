@@ -1,11 +1,13 @@
 """Documents to fixed-size token batches: shuffled, packed, and resumable exactly.
 
-The pipeline is grain's: a shuffled and repeated source, documents cut to pieces of at most one row, best-fit packing, batches, and optionally
-a prefetch thread. Packing keeps a document that fits a row in one piece; what it costs is a few per cent of padding.
+The pipeline is grain's: a shuffled and repeated source (or a stream that does both itself), documents cut to pieces of at most one row, best-fit
+packing, batches, and optionally a prefetch thread. Packing keeps a document that fits a row in one piece; what it costs is a few per cent of padding.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -20,6 +22,7 @@ from qscope_jax.errors import ConfigError, InputError
 # batch waits for all of them and a restored iterator fills them again.
 _OPEN_ROWS = 128
 _MAX_SEED = 2**32 - 1
+_LOOKED_AT = 1000  # documents of a stream that are searched for tokens before it begins
 
 Batch = TypeVar("Batch")
 Item = TypeVar("Item")
@@ -74,7 +77,29 @@ class BatchConfig:
             raise ConfigError(f"seed is {self.seed}; expected 0 to {_MAX_SEED}")
 
 
-def token_batches(texts: Sequence[str], tokenize: Callable[[str], Sequence[int]], config: BatchConfig) -> "TokenBatchIterator":
+class StreamedDocuments(ABC):
+    """Documents that are read in an order of their own, not by index, such as a lane of a `TextStream`.
+
+    Attributes:
+        identity: What tells these documents and their order from others, for states.
+    """
+
+    identity: Mapping[str, Any]
+
+    @abstractmethod
+    def first_pass(self) -> Iterator[str]:
+        """Documents of one epoch, for a look at them.
+
+        Raises:
+            QscopeError: there are none, or they cannot be read.
+        """
+
+    @abstractmethod
+    def dataset(self, seed: int, epochs: int | None) -> grain.IterDataset:
+        """Documents of so many epochs, shuffled, with a small state that JSON can hold; None never ends."""
+
+
+def token_batches(texts: Sequence[str] | StreamedDocuments, tokenize: Callable[[str], Sequence[int]], config: BatchConfig) -> "TokenBatchIterator":
     """Shuffle, tokenize, pack and batch documents.
 
     Every token of every document appears exactly once an epoch when packing. Positions restart with each piece of a document that is longer
@@ -82,19 +107,24 @@ def token_batches(texts: Sequence[str], tokenize: Callable[[str], Sequence[int]]
     rows may mix. The last batch of a finite run is filled up with padding rows.
 
     Args:
-        texts: Documents, read by index.
+        texts: Documents, read by index or as a stream.
         tokenize: Token ids of a document. Called from the prefetch thread if there is one.
         config: Sizes and order.
 
     Raises:
         InputError: there are no documents, none of them has tokens, or `tokenize` returns something else than token ids.
     """
-    if not len(texts):
+    if isinstance(texts, StreamedDocuments):
+        looked_at: Iterable[str] = itertools.islice(texts.first_pass(), _LOOKED_AT)
+        number, documents, identity = f"first {_LOOKED_AT:,}", texts.dataset(config.seed, config.epochs), dict(texts.identity)
+    elif not len(texts):
         raise InputError("there are no documents to make batches of; give at least one")
-    if not any(_token_ids(tokenize, text).size for text in texts):
-        raise InputError(f"none of the {len(texts)} documents has any tokens; give texts that are not blank")
-    rows = packed_rows(texts, lambda text: {"tokens": _token_ids(tokenize, text)}, ("tokens",), config)
-    return BatchIterator(rows, _token_batch, {"documents": len(texts)}, config)
+    else:
+        looked_at, number, documents, identity = texts, str(len(texts)), texts, {"documents": len(texts)}
+    if not any(_token_ids(tokenize, text).size for text in looked_at):
+        raise InputError(f"none of the {number} documents has any tokens; give texts that are not blank")
+    rows = packed_rows(documents, lambda text: {"tokens": _token_ids(tokenize, text)}, ("tokens",), config)
+    return BatchIterator(rows, _token_batch, identity, config)
 
 
 class BatchIterator(Iterator[Batch], Generic[Batch]):
@@ -189,20 +219,18 @@ def pad_batch(token_lists: Sequence[Sequence[int]], *, length: int, side: Litera
 
 
 def packed_rows(
-    items: Sequence[Item], arrays: Callable[[Item], Mapping[str, np.ndarray]], names: Sequence[str], config: BatchConfig
+    items: Sequence[Item] | grain.IterDataset, arrays: Callable[[Item], Mapping[str, np.ndarray]], names: Sequence[str], config: BatchConfig
 ) -> grain.IterDataset:
-    """Shuffled items in packed rows, in batches: what every kind of batch is made of.
+    """Items in packed rows, in batches: what every kind of batch is made of.
 
     Args:
-        items: Read by index, in an order of their own in each epoch.
+        items: Read by index, in an order of their own in each epoch; or in the order wanted, for as many epochs as wanted.
         arrays: An item's arrays by name, all of one length.
         names: Their names. Segments and positions come as `<first name>_segment_ids` and `<first name>_positions`; padding is 0.
         config: Sizes and order.
     """
-    shuffled = grain.MapDataset.range(len(items)).repeat(config.epochs).map_with_index(_Shuffled(items, config.seed).item)
-    # No reader threads: tokenizers are not always safe to share, and one thread keeps up (see `prefetch`).
-    one_by_one = shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    rows = experimental.FlatMapIterDataset(one_by_one, _Pieces(arrays, config.length, every=config.pack))
+    shuffled = items if isinstance(items, grain.IterDataset) else _shuffled_items(items, config)
+    rows = experimental.FlatMapIterDataset(shuffled, _Pieces(arrays, config.length, every=config.pack))
     rows = experimental.BestFitPackIterDataset(
         rows,
         length_struct={name: config.length for name in names},
@@ -218,6 +246,13 @@ def packed_rows(
     if config.prefetch:
         batches = experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
     return batches
+
+
+def _shuffled_items(items: Sequence[Any], config: BatchConfig) -> grain.IterDataset:
+    """Items of a sequence, in an order of their own in each epoch."""
+    shuffled = grain.MapDataset.range(len(items)).repeat(config.epochs).map_with_index(_Shuffled(items, config.seed).item)
+    # No reader threads: tokenizers are not always safe to share, and one thread keeps up (see `prefetch`).
+    return shuffled.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
 class _Shuffled(Generic[Item]):

@@ -53,7 +53,7 @@ def load_texts(source: str | Path, *, column: str = "text", split: str = "train"
         texts = _folder_texts(path, column, limit)
     elif path.exists():
         texts = _file_texts(path, column, limit)
-    elif path.suffix.lower() in _READERS or not _HUB_NAME.fullmatch(str(source)):
+    elif path.suffix.lower() in _READERS or not is_hub_name(str(source)):
         raise SourceError(f"{source}: no such file or folder, and not a hub dataset of the form owner/name")
     else:
         texts = _hub_texts(str(source), column, split, limit)
@@ -333,6 +333,11 @@ def _hub_texts(name: str, column: str, split: str, limit: int | None) -> _Docume
     if wrong is not None:
         raise InputError(f"{name}: column {column} holds {type(wrong).__name__}, expected text; choose another column")
     return texts
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form of a hub dataset: `owner/name`, `name`, or either with `:configuration` behind it."""
+    return _HUB_NAME.fullmatch(text) is not None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from qscope_jax.data.batches import BatchConfig, BatchIterator, TokenBatch, pad_batch, token_batches
 from qscope_jax.data.chat_batches import ChatBatch, chat_batches, padding_rows
 from qscope_jax.data.chat_tokens import ChatRow
+from qscope_jax.data.text_stream import TextLane, TextStream
 from qscope_jax.data.texts import Slice
 from qscope_jax.errors import ConfigError
 from qscope_jax.parallel.processes import from_all
@@ -23,14 +24,15 @@ Item = TypeVar("Item")
 class LaneStream(Generic[Batch]):
     """Batches as the loop wants them: endless, with their place in the data.
 
-    A stream has lanes: lane v reads documents v, v + lanes, ... and makes rows of its own, which lie behind each other in a batch. A process
-    reads the lanes alone whose rows are on its devices, so the batches do not depend on how many processes there are.
+    A stream has lanes: lane v reads documents v, v + lanes, ... (of a `TextStream`: see `TextStream.lane`) and makes rows of its own, which lie
+    behind each other in a batch. A process reads the lanes alone whose rows are on its devices, so the batches do not depend on how many
+    processes there are.
     """
 
     def __init__(
         self,
-        documents: Sequence[Item],
-        batches: Callable[[Sequence[Item], BatchConfig], BatchIterator[Batch]],
+        documents: Sequence[Item] | TextStream,
+        batches: Callable[[Any, BatchConfig], BatchIterator[Batch]],
         padding: Callable[[int], Batch],
         config: BatchConfig,
         lanes: int,
@@ -40,7 +42,7 @@ class LaneStream(Generic[Batch]):
 
         Args:
             documents: All documents; those of other processes' lanes are not read.
-            batches: Makes the batches of a lane from its documents.
+            batches: Makes the batches of a lane from its documents: some of the sequence, or a `TextLane`.
             padding: A batch of so many rows of padding.
             config: Rows and their length, of the whole batch.
             lanes: Independent streams of documents; must divide the rows.
@@ -51,13 +53,13 @@ class LaneStream(Generic[Batch]):
         """
         if lanes < 1 or config.batch_size % lanes:
             raise ConfigError(f"a batch of {config.batch_size} rows cannot be split into {lanes} lanes; expected a multiple of them")
-        if len(documents) < lanes:
+        if not isinstance(documents, TextStream) and len(documents) < lanes:
             raise ConfigError(f"there are {len(documents)} documents for {lanes} lanes; give each at least one, or fewer lanes")
         self.lanes, self.shape = lanes, (config.batch_size, config.length)
         rows = replace(config, batch_size=config.batch_size // lanes)
         own = range(lanes) if mesh is None else _own_lanes(mesh, self.shape, lanes)
         self._padding = padding(rows.batch_size)
-        self._iterators = {lane: batches(documents if lanes == 1 else Slice(documents, range(lane, len(documents), lanes)), rows) for lane in own}
+        self._iterators = {lane: batches(_lane(documents, lane, lanes), rows) for lane in own}
 
     def __next__(self) -> Batch:
         """The next batch; rows of other processes' lanes are padding here."""
@@ -92,7 +94,13 @@ class TokenStream(LaneStream[TokenBatch]):
     """Batches of documents."""
 
     def __init__(
-        self, documents: Sequence[str], tokenize: Callable[[str], Sequence[int]], config: BatchConfig, *, lanes: int = 1, mesh: Mesh | None = None
+        self,
+        documents: Sequence[str] | TextStream,
+        tokenize: Callable[[str], Sequence[int]],
+        config: BatchConfig,
+        *,
+        lanes: int = 1,
+        mesh: Mesh | None = None,
     ):
         """Stand before the first batch of `documents`.
 
@@ -106,9 +114,10 @@ class TokenStream(LaneStream[TokenBatch]):
         Raises:
             ConfigError: lanes do not divide the rows, or are more than the documents.
             InputError: a lane's documents have no tokens.
+            SourceError: a lane of a `TextStream` has no documents, or they cannot be read.
         """
 
-        def batches(texts: Sequence[str], rows: BatchConfig) -> BatchIterator[TokenBatch]:
+        def batches(texts: Sequence[str] | TextLane, rows: BatchConfig) -> BatchIterator[TokenBatch]:
             return token_batches(texts, tokenize, rows)
 
         super().__init__(documents, batches, lambda rows: pad_batch([[]] * rows, length=config.length), config, lanes, mesh)
@@ -136,6 +145,13 @@ class ChatStream(LaneStream[ChatBatch]):
             return chat_batches(chats, languages, size)
 
         super().__init__(rows, batches, lambda count: padding_rows(count, config.length), config, lanes, mesh)
+
+
+def _lane(documents: Sequence[Item] | TextStream, lane: int, lanes: int) -> Sequence[Item] | TextLane:
+    """The documents of a lane."""
+    if isinstance(documents, TextStream):
+        return documents.lane(lane, lanes)
+    return documents if lanes == 1 else Slice(documents, range(lane, len(documents), lanes))
 
 
 def _own_lanes(mesh: Mesh, shape: tuple[int, int], lanes: int) -> list[int]:

@@ -50,6 +50,22 @@ def test_documents_that_train_sae_holds_out_are_not_cached(qscope, model, tmp_pa
     assert seen[0] == 2 * seen[1]
 
 
+def test_a_stream_is_cached_to_its_end_without_its_first_documents(qscope, refused, model, tmp_path):
+    data = tmp_path / "texts"
+    data.mkdir()
+    for name in "ab":
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["tea " * 9, " ", *["tea " * 9] * 4]))
+    command = ("cache-activations", "--model", model, "--data", data, *SMALL[2:], "--stream")
+    seen = {}
+    for held_out in (0, 5):
+        answer = qscope(*command, "--held-out-documents", held_out, "--out", tmp_path / f"{held_out}")
+        assert answer.status == 0 and "2 rows without text were skipped." in answer.out
+        seen[held_out] = read_cache(tmp_path / f"{held_out}").seen
+    assert seen[0] == 2 * seen[5]
+    assert "holds no text beyond the 10 held out" in refused(*command, "--held-out-documents", 10, "--out", tmp_path / "none")
+    assert "fewer than the 256 to hold out" in refused(*command, "--out", tmp_path / "none")
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_resumes(qscope, refused, model, tmp_path, monkeypatch):
     append, calls = RowsFile.append, []
 
@@ -81,6 +97,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(qscope, refused, m
         (["--data", "none.txt"], "none.txt: no such file"),
         (["--holdout-share", "1"], "holdout_share is 1.0"),
         (["--limit", "1"], "leaves none"),
+        (["--stream"], "data is tiny, which is in memory and cannot be streamed"),
+        (["--stream", "--data", "owner/name"], "limit is 12, but a stream has no end"),
+        (["--stream", "--shuffle-buffer", "0"], "shuffle_buffer is 0, expected 1 or more"),
+        (["--stream", "--held-out-documents", "-1"], "held_out_documents is -1, expected 0 or more"),
     ],
 )
 def test_bad_requests_are_refused_and_leave_nothing(refused, model, tmp_path, options, said):

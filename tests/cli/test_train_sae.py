@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,28 @@ def test_a_run_leaves_its_options_metrics_and_saes(qscope, refused, model, small
     assert (run / "saes/layer2.safetensors").read_bytes() == before
 
 
+def test_a_run_on_a_stream_that_was_interrupted_ends_as_one_that_was_not(qscope, model, small, tmp_path):
+    data = tmp_path / "texts"
+    data.mkdir()
+    for name in "abc":
+        rows = [f"{name}{number} " + "tea in the garden " * (number % 5 + 1) for number in range(15)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    config = tmp_path / "stream.yaml"
+    options = f"data: {data}\nstream: true\nshuffle_buffer: 10\nheld_out_documents: 4\nlanes: 2\ncheckpoint_every: 20\n"
+    config.write_text(SMALL.replace("limit: 30\n", "").replace("steps: 4", "steps: 40") + options)
+    command = ("train-sae", "--config", config, "--model", model)
+    for name in ("whole", "stopped"):
+        answer = qscope(*command, "--out", tmp_path / name)
+        assert answer.status == 0 and "held-out documents" in answer.out
+    shutil.rmtree(tmp_path / "stopped/checkpoints/40")
+    shutil.rmtree(tmp_path / "stopped/saes")
+    assert qscope(*command, "--out", tmp_path / "stopped", "--resume").status == 0
+    lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "stopped")]
+    assert lines[0][-1]["fvu"] == lines[1][-1]["fvu"]
+    whole, stopped = ((tmp_path / name / "saes/layer2.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert whole == stopped
+
+
 def test_the_best_saes_are_exported_when_asked_for(qscope, model, small, tmp_path):
     """By the greatest FVU, so that the best is not the last."""
     run = tmp_path / "run"
@@ -82,6 +105,7 @@ def test_a_stopped_run_writes_no_saes_and_says_how_to_continue(qscope, model, sm
         (["--layers", "1,1"], "none of them twice"),
         (["--holdout-share", "1"], "holdout_share is 1.0"),
         (["--holdout-share", "0", "--keep-best", "fvu"], "keep_best is fvu, but holdout_share 0 keeps no documents"),
+        (["--stream", "--held-out-documents", "0", "--keep-best", "fvu"], "held_out_documents 0 keeps no documents"),
         (["--keep-best", "fvu", "--keep-best-mode", "least"], "keep_best_mode is least, expected min or max"),
         (["--data", "none.txt"], "none.txt: no such file"),
         (["--limit", "1"], "leaves none"),

@@ -1,7 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 
 from qscope_jax.data.batches import BatchConfig
+from qscope_jax.data.text_stream import TextStream
 from qscope_jax.errors import ConfigError, InputError
 from qscope_jax.parallel.mesh import make_mesh
 from qscope_jax.training import tokens
@@ -65,6 +68,44 @@ def test_lanes_that_do_not_fit_are_refused(documents):
         TokenStream(documents(60), codes, BatchConfig(6, 24), lanes=3).set_state(state)
 
 
+@pytest.fixture
+def folder(documents, tmp_path):
+    """Sixty documents in three files."""
+    for number in range(3):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in documents(60)[20 * number : 20 * number + 20])
+        (tmp_path / f"{number}.jsonl").write_text(rows)
+    return tmp_path
+
+
+def test_a_text_stream_feeds_lanes_and_goes_on_where_it_stood(folder):
+    def stream(lanes: int = 3) -> TokenStream:
+        return TokenStream(TextStream(folder, shuffle_buffer=12), codes, BatchConfig(6, 24), lanes=lanes)
+
+    whole = stream()
+    batches = [next(whole).tokens_BT for _ in range(4)]
+    alone = [TokenStream(OneLane(folder, lane), codes, BatchConfig(2, 24)) for lane in range(3)]
+    np.testing.assert_array_equal(batches, [np.concatenate([next(one).tokens_BT for one in alone]) for _ in range(4)])
+    state = json.loads(json.dumps(whole.get_state().cursor))
+    expected = [next(whole).tokens_BT for _ in range(60)]
+    other = stream()
+    other.set_state(StreamState({}, state))
+    np.testing.assert_array_equal([next(other).tokens_BT for _ in range(60)], expected)
+    with pytest.raises(ConfigError, match="data state has 3 lanes, this run 2"):
+        stream(lanes=2).set_state(StreamState({}, state))
+
+
+class OneLane(TextStream):
+    """A lane of three as a stream of its own."""
+
+    def __init__(self, folder, own: int):
+        super().__init__(folder, shuffle_buffer=12)
+        self.own = own
+
+    def lane(self, number: int, lanes: int):
+        assert (number, lanes) == (0, 1)
+        return super().lane(self.own, 3)
+
+
 def test_a_process_reads_the_documents_of_its_own_lanes_alone(documents, monkeypatch):
     class Elsewhere:
         """Rows 2 to 5 of 6 are on this process's devices: lanes 1 and 2 of 3."""
@@ -83,3 +124,18 @@ def test_a_process_reads_the_documents_of_its_own_lanes_alone(documents, monkeyp
     batch, whole = next(stream), next(TokenStream(texts, codes, BatchConfig(6, 24), lanes=3))
     np.testing.assert_array_equal(batch.tokens_BT[2:], whole.tokens_BT[2:])
     assert not batch.segment_ids_BT[:2].any() and read and not read & (set(texts[::3]) - set(texts[1::3]) - set(texts[2::3]))
+
+
+def test_a_process_opens_the_lanes_of_a_text_stream_that_are_its_own(folder, monkeypatch):
+    monkeypatch.setattr(tokens, "_own_lanes", lambda mesh, shape, lanes: [1, 2])
+    opened, lane = [], TextStream.lane
+
+    def note(self, number, lanes):
+        opened.append(number)
+        return lane(self, number, lanes)
+
+    whole = next(TokenStream(TextStream(folder), codes, BatchConfig(6, 24), lanes=3))
+    monkeypatch.setattr(TextStream, "lane", note)
+    batch = next(TokenStream(TextStream(folder), codes, BatchConfig(6, 24), lanes=3, mesh=make_mesh()))
+    np.testing.assert_array_equal(batch.tokens_BT[2:], whole.tokens_BT[2:])
+    assert opened == [1, 2] and not batch.segment_ids_BT[:2].any()
