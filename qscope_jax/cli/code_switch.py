@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_jax.cli import choices, switch_effects
@@ -35,8 +36,8 @@ class Config(SamplingOptions, ModelOptions):
     """Compare these models instead, all with the same prompts; the first is what the others are measured against."""
     samples: int = 8
     """Answers to each prompt."""
-    max_new_tokens: int = 2048
-    """Tokens of an answer at most."""
+    max_new_tokens: int = 0
+    """Tokens of an answer at most; 0 is 2,048, or half of the model's positions where that is less."""
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the most probable token."""
     top_p: float = 0.8
@@ -56,7 +57,8 @@ class Config(SamplingOptions, ModelOptions):
     chat: bool = True
     """Write prompts by the chat template, where there is one; otherwise they are continued as they stand."""
     template: str = ""
-    """Chat template: chatml, gemma, llama3, plain, a Jinja file, or by default the tokenizer's own."""
+    """Chat template: chatml, gemma, llama3, plain, or a Jinja file; by default that of the run of `qscope sft train` whose model it is, or else the
+    tokenizer's own."""
     response_marker: str = ""
     """Text after which an answer begins, where the template should not be asked."""
     batch_size: int = 32
@@ -73,12 +75,12 @@ class Config(SamplingOptions, ModelOptions):
 
 def run(config: Config) -> dict[str, Any]:
     """Sample and count; returns the ratios of each model, and what they are beside the first model's."""
-    from qscope_jax.features.switching.code_switching import compare_ratios, switch_ratios
+    from qscope_jax.features.switching.code_switching import SAMPLING, compare_ratios, switch_ratios
     from qscope_jax.features.switching.switch_prompts import check_prompts
 
     names = _models(config)
     script = switch_effects.script_of(config.language, config.script)
-    sampling = sampling_config(config)
+    sampling = sampling_config(replace(config, max_new_tokens=config.max_new_tokens or SAMPLING.max_new_tokens))
     for path in (config.out, config.page, config.responses):
         check_writable(path)
     prompts = _prompts(config)
@@ -151,14 +153,15 @@ def _prompts(config: Config) -> "list[SwitchPrompt]":
 
 def _answer(name: str, prompts: "list[SwitchPrompt]", sampling: "SamplingConfig", config: Config) -> "list[Response]":
     """One model's answers; it is let go before the next is loaded."""
-    from qscope_jax.data.chat_templates import ChatFormat
     from qscope_jax.features.switching.code_switching import sample_responses
     from qscope_jax.features.switching.response_log import open_log
     from qscope_jax.features.switching.switch_prompts import prompt_renderer, uses_chat
 
     model = open_model(name, config.dtype, config.mesh)
-    format = ChatFormat(config.template, config.response_marker)
+    format = _format(name, config)
     chat = config.chat and uses_chat(model.tokenizer, format)
+    if not config.max_new_tokens:
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, model.config.max_positions // 2))
     sampling = with_stops(sampling, config.stop, model)
     if chat:
         sampling = _until_turn_end(sampling, model, format)
@@ -167,6 +170,24 @@ def _answer(name: str, prompts: "list[SwitchPrompt]", sampling: "SamplingConfig"
     settings: dict[str, Any] = dict(samples=config.samples, render=render, batch_size=config.batch_size, log=log)
     with count_progress(f"answers of {name}") as told:
         return sample_responses(model, prompts, sampling, progress=told, **settings)
+
+
+def _format(name: str, config: Config) -> "ChatFormat":
+    """How prompts are written: as asked for, or as in the run that a model is of."""
+    import yaml
+
+    from qscope_jax.data.chat_templates import ChatFormat
+
+    saved = Path(name).expanduser().parent / "config.yaml"
+    if config.template or config.response_marker or not saved.is_file():
+        return ChatFormat(config.template, config.response_marker)
+    try:
+        run = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        template, marker, end = (str(run[key]) for key in ("template", "response_marker", "turn_end"))
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):  # of something else
+        return ChatFormat()
+    # The embedded model has no template of its own, and is trained with this one.
+    return ChatFormat(template or ("plain" if run.get("model") == TINY else ""), marker, end)
 
 
 def _until_turn_end(sampling: "SamplingConfig", model: "LanguageModel", format: "ChatFormat") -> "SamplingConfig":

@@ -76,6 +76,30 @@ def test_a_named_template_is_used_and_its_end_stops_an_answer(measured, tmp_path
     assert "\\n" not in json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])["prompt_text"]
 
 
+def test_a_model_is_asked_as_it_was_trained(qscope, model, prompts, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model").symlink_to(model)
+
+    def read(name: str, *arguments) -> dict:
+        options = ("--languages", "en", *SHORT, "--responses", tmp_path / name, *arguments)
+        assert qscope("code-switch", "measure", "--prompts", prompts, "--model", run / "model", *options).status == 0
+        return json.loads((tmp_path / name).read_text().splitlines()[0])
+
+    (run / "config.yaml").write_text("template: ''\nresponse_marker: ''\nturn_end: ''\nmodel: tiny\n")
+    assert read("a")["prompt_text"].endswith("\n\n")
+    (run / "config.yaml").write_text("template: chatml\nresponse_marker: ''\nturn_end: ''\nmodel: other\n")
+    assert read("b")["prompt_text"].startswith("<|im_start|>user\n") and read("c", "--template", "plain")["prompt_text"].endswith("\n\n")
+    (run / "config.yaml").write_text("steps: 3\n")
+    assert read("d")["prompt_text"] in ("My grandmother", "made tea in")
+
+
+def test_answers_take_half_of_a_small_model_s_positions(qscope, model, prompts, tmp_path):
+    options = ("--languages", "en", "--limit", 1, "--samples", 1, "--responses", tmp_path / "a.jsonl")
+    assert qscope("code-switch", "measure", "--prompts", prompts, "--model", model, *options).status == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["sampling"]["max_new_tokens"] == 64
+
+
 def test_the_embedded_corpus_has_prompts_of_its_own(tmp_path, capsys):
     options = ["--limit", "2", "--samples", "1", "--max-new-tokens", "4", "--language", "ko", "--out", str(tmp_path / "o.json")]
     assert main(["code-switch", "measure", *options]) == 0
@@ -112,6 +136,5 @@ def test_prompts_that_quote_the_script_are_said(measured, prompts):
 
 def test_defaults_are_the_library_s():
     config = Config()
-    assert (config.samples, config.max_new_tokens, config.temperature, config.top_p, config.top_k) == (
-        SAMPLES, SAMPLING.max_new_tokens, SAMPLING.temperature, SAMPLING.top_p, SAMPLING.top_k,
-    )  # fmt: skip
+    found = (config.samples, config.temperature, config.top_p, config.top_k)
+    assert found == (SAMPLES, SAMPLING.temperature, SAMPLING.top_p, SAMPLING.top_k) and config.max_new_tokens == 0
