@@ -54,6 +54,8 @@ class RunConfig(EndpointOptions, CoverageOptions):
     """Texts kept for each target, rewrites apart."""
     attempts: int = 24
     """Texts written for a target at most, rewrites apart."""
+    attempts_uncovered: int | None = None
+    """The same for a target that no kept text fires, be it written for another; by default no more than for any."""
     budget: int | None = None
     """Texts written in all at most."""
     styles: Texts | None = None

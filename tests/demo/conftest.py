@@ -50,7 +50,7 @@ def shrink(small_model) -> Callable[[pytest.MonkeyPatch], Tour]:
         patch.setattr(coverage, "TARGETS", 6)
         # Of a random dictionary any feature will do.
         patch.setattr(coverage, "HIGHEST_RATE", 1.0)
-        patch.setattr(coverage, "CONFIG", replace(coverage.CONFIG, attempts=2))
+        patch.setattr(coverage, "CONFIG", replace(coverage.CONFIG, attempts=2, attempts_uncovered=3))
         patch.setattr(explain, "TONE_SENTENCES", 4)
         return make_tour(None, FAST)
 

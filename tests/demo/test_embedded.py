@@ -9,6 +9,7 @@ from qscope_jax.demo.embedded import END_TOKEN, TINY, TinySAESettings, sae_train
 from qscope_jax.errors import SourceError
 from qscope_jax.features.scripts import script_share
 from qscope_jax.sae.layer_sae import LayerSAE, SAECollection
+from qscope_jax.training.activations import ActivationStream
 from qscope_jax.training.loop import LoopConfig, train
 
 embedded_model = pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reason="the embedded model is not there")
@@ -59,7 +60,9 @@ def test_training_makes_an_sae_for_every_layer(small_corpus, small_model):
 
 
 def test_documents_end_with_the_end_token(small_corpus, small_model):
-    tokens = next(sae_training(small_model, ["Good morning."], SMALL).activations().tokens).tokens_BT
+    stream = sae_training(small_model, ["Good morning."], SMALL).activations()
+    assert isinstance(stream, ActivationStream)
+    tokens = next(stream.tokens).tokens_BT
     assert END_TOKEN in tokens and END_TOKEN not in small_model.tokenize(["Good morning."])[0]
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from qscope_jax.demo.corpus import LANGUAGES, sentences
@@ -16,7 +17,9 @@ from qscope_jax.report.explanation_page import add_card
 from qscope_jax.report.page import Page
 
 TITLE = "Explain features from a store"
-_CONFIG = ExplainConfig(top=8, quantiles=3, per_quantile=2, cofiring=5)
+# So many that one odd context is not what decides a share; the page shows the first few.
+_CONFIG = ExplainConfig(top=24, quantiles=3, per_quantile=2, cofiring=5)
+_SHOWN = 8
 _EVERY = 4
 TONE_SENTENCES = 40
 _OWN = 0.9
@@ -51,7 +54,7 @@ def run(tour: Tour) -> Chapter:
 
     def draw(page: Page) -> None:
         for name, card in cards.items():
-            add_card(page, card, token_text, known_as=name, level=3)
+            add_card(page, replace(card, top=card.top[:_SHOWN]), token_text, known_as=name, level=3)
 
     data = {
         "sentences": len(rows),

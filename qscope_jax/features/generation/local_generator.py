@@ -123,6 +123,7 @@ def continue_prompts(
     row_seeds: Sequence[int],
     edits: Sequence[Edit] | Callable[[list[int]], Sequence[Edit]] = (),
     batch_size: int = BATCH_SIZE,
+    whole_batches: bool = False,
 ) -> list[Completion]:
     """Continue any number of prompts, in batches of few different shapes, so that little is compiled.
 
@@ -134,6 +135,7 @@ def continue_prompts(
         edits: Interventions with values for one row, or a function that makes those of a batch from the numbers of its prompts; the last
             batch is filled up with repeats.
         batch_size: Prompts continued at a time.
+        whole_batches: Whether the last batch is filled up to `batch_size`, and not only to a power of two.
 
     Raises:
         InputError: as `LanguageModel.generate`.
@@ -143,7 +145,7 @@ def continue_prompts(
     found: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        room = min(batch_size, 1 << (len(rows) - 1).bit_length())
+        room = batch_size if whole_batches else min(batch_size, 1 << (len(rows) - 1).bit_length())
         filled = [*rows, *(rows[0] for _ in range(room - len(rows)))]
         made = edits(filled) if callable(edits) else edits
         answers = model.generate([prompts[index] for index in filled], config, edits=made, row_seeds=[row_seeds[index] for index in filled])

@@ -40,6 +40,8 @@ class SteeredWriter:
         top_p: Of the draws.
         separator: What stands between a context and what continues it.
         batch_size: Texts written at a time.
+        whole_batches: Whether fewer are filled up to as many, so that no other number of rows is compiled: for a small model, whose rows cost
+            less than a compilation.
         steered: Whether anything is added; without, it is the control.
     """
 
@@ -54,6 +56,7 @@ class SteeredWriter:
     top_p: float = 1.0
     separator: str = " "
     batch_size: int = BATCH_SIZE
+    whole_batches: bool = False
     steered: bool = True
 
     def __post_init__(self):
@@ -100,6 +103,7 @@ class SteeredWriter:
             row_seeds=seeds,
             edits=lambda rows: [self._edit([requests[row] for row in rows])] if self.steered else [],
             batch_size=self.batch_size,
+            whole_batches=self.whole_batches,
         )
         return [self._reply(request, answer) for request, answer in zip(requests, made, strict=True)]
 

@@ -34,6 +34,8 @@ class SynthesisConfig:
     """Texts kept for each target, rewrites apart."""
     attempts: int = 16
     """Texts written for a target at most, rewrites apart."""
+    attempts_uncovered: int | None = None
+    """The same for a target that no kept text fires, be it written for another; None: no more than for any."""
     budget: int | None = None
     """Texts written in all at most, rewrites included; None sets no limit."""
     styles: tuple[str, ...] = ()
@@ -62,6 +64,8 @@ class SynthesisConfig:
         for name in ("per_target", "attempts", "max_tokens", "judge_tokens", "at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.attempts_uncovered is not None and self.attempts_uncovered < self.attempts:
+            raise InputError(f"attempts_uncovered is {self.attempts_uncovered}, expected attempts, which are {self.attempts}, or more")
         if self.budget is not None and self.budget < 1:
             raise InputError(f"budget is {self.budget}, expected 1 text or more, or none")
         if not self.temperature >= 0 or not self.threshold >= 0:
@@ -162,7 +166,7 @@ def synthesize(
     judge: Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Synthesis:
-    """Write texts until every target has its own, or attempts or budget are used up.
+    """Write texts until every target has its own, or attempts or budget are used up; on for those that no text fires, where more are allowed.
 
     Args:
         targets: What to write for, such as the missing ones of a `Coverage`.
@@ -181,8 +185,11 @@ def synthesize(
     config = config or SynthesisConfig()
     _check(targets, config, assistant, judge)
     maker = _Maker(tuple(targets), writer, read, config, log, assistant, judge)
-    for attempt in range(config.attempts):
-        pending = [target for target in targets if maker.kept.get(target.key, 0) < config.per_target]
+    for attempt in range(config.attempts_uncovered or config.attempts):
+        if attempt < config.attempts:
+            pending = [target for target in targets if maker.kept.get(target.key, 0) < config.per_target]
+        else:
+            pending = [target for target in targets if target.key not in maker.covered]
         for start in range(0, len(pending), config.at_once):
             maker.step([Request(target, attempt) for target in pending[start : start + config.at_once]])
             if progress is not None:
@@ -219,6 +226,7 @@ class _Maker:
         self.log, self.assistant, self.judge = log, assistant, judge
         self.place = {target.key: place for place, target in enumerate(targets)}
         self.kept: dict[str, int] = {}
+        self.covered: set[str] = set()
         self.candidates: list[Candidate] = []
         self.failures: list[str] = []
         self.resumed = 0
@@ -238,6 +246,7 @@ class _Maker:
                 self.log.add(_identity(request), {"candidates": [asdict(candidate) for candidate in found]})
             for candidate in found or ():
                 self.candidates.append(candidate)
+                self.covered.update(candidate.fires)
                 if candidate.kept and candidate.style == VANILLA:
                     self.kept[candidate.key] = self.kept.get(candidate.key, 0) + 1
 

@@ -83,6 +83,9 @@ def test_batches_are_filled_up_to_few_sizes(character_model, monkeypatch):
         made = continue_prompts(character_model, ["a"] * count, SamplingConfig(2), row_seeds=range(count), batch_size=8)
         assert len(made) == count
     assert sizes == [1, 4, 4, 8, 4]
+    sizes.clear()
+    made = continue_prompts(character_model, ["a"] * 11, SamplingConfig(2), row_seeds=range(11), batch_size=8, whole_batches=True)
+    assert len(made) == 11 and sizes == [8, 8]
     assert continue_prompts(character_model, [], SamplingConfig(2), row_seeds=[]) == []
 
 

@@ -43,6 +43,14 @@ def test_other_targets_compile_nothing_new(writer, count_compilations):
     assert compiled.count == 0
 
 
+def test_whole_batches_hold_the_same_texts_and_compile_for_one_number_of_rows(writer, count_compilations):
+    apart, whole = writer(prompts=["one"]), writer(prompts=["one"], whole_batches=True)
+    assert whole(REQUESTS[:5]) == apart(REQUESTS[:5])
+    with count_compilations() as compiled:
+        found = [whole(REQUESTS[:count]) for count in (1, 2, 3)]
+    assert compiled.count == 0 and found[2] == apart(REQUESTS[:3])
+
+
 def test_a_text_depends_on_its_request_and_the_seed_alone(writer):
     write = writer(temperature=1.0)
     together = write(REQUESTS, seed=2)

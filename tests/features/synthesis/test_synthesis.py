@@ -89,6 +89,26 @@ def test_only_texts_that_fire_their_own_target_are_kept(read):
     assert found.coverage == pytest.approx(2 / 3)
 
 
+def test_more_attempts_go_to_targets_that_no_kept_text_fires(read):
+    # 0/5 has no text of its own, but one that was written for 0/1 fires it; 0/2 is fired by a text of 0/1 that is thrown away.
+    plan = {("0/1", 0): "x 2", ("0/1", 1): "x 1 5", ("0/2", 3): "x 2"}
+    writer = Planned(plan)
+    found = synthesize(TARGETS, writer, read, SynthesisConfig(attempts=2, attempts_uncovered=9))
+    assert [key for key, attempt in writer.asked if attempt < 2] == ["0/1", "0/2", "0/5"] * 2
+    assert [request for request in writer.asked if request[1] >= 2] == [("0/2", 2), ("0/2", 3)]
+    assert found.missed == TARGETS[2:] and found.coverage == 1
+
+
+def test_a_run_that_goes_on_knows_what_its_recorded_texts_cover(read, tmp_path):
+    plan = {("0/1", 0): "x 1 5", ("0/2", 3): "x 2"}
+    config = SynthesisConfig(attempts=1, attempts_uncovered=5, at_once=1)
+    alone = synthesize(TARGETS, Planned(plan), read, config)
+    log = RecordLog(tmp_path / "log.jsonl", "id", "record")
+    synthesize(TARGETS, Planned(plan), read, SynthesisConfig(attempts=1, at_once=1), log=log)
+    again = synthesize(TARGETS, Planned(plan), read, config, log=log)
+    assert again.candidates == alone.candidates and again.resumed == 3
+
+
 def test_thresholds_of_the_run_and_of_the_target_count(read):
     targets = [Target(0, 1, threshold=2.0), Target(0, 2)]
     writer = Planned({("0/1", 0): "x 1=2", ("0/1", 1): "x 1=3", ("0/2", 0): "x 2=1", ("0/2", 1): "x 2=2"})
@@ -256,6 +276,7 @@ def test_what_makes_no_sense_is_refused(read, tmp_path):
         (InputError, "need an assistant", lambda: synthesize(TARGETS, Planned({}), read, SynthesisConfig(respond=True))),
         (InputError, "needs a judge", lambda: synthesize(TARGETS, Planned({}), read, SynthesisConfig(same_meaning=True))),
         (InputError, "style 'rude' is unknown; known are roleplay", lambda: SynthesisConfig(styles=("rude",))),
+        (InputError, "attempts_uncovered is 3, expected attempts, which are 16, or more", lambda: SynthesisConfig(attempts_uncovered=3)),
         (InputError, "attempts is 0", lambda: SynthesisConfig(attempts=0)),
         (InputError, "budget is 0", lambda: SynthesisConfig(budget=0)),
         (SourceError, "record 0/1 attempt 0 is damaged", lambda: synthesize(TARGETS, Planned({}), read, log=damaged)),
