@@ -6,9 +6,8 @@ import pytest
 from scipy.sparse import csr_array
 
 from qscope_jax.data.benchmark_scores import ScoreTable
-from qscope_jax.errors import InputError
 from qscope_jax.features.benchmarks.benchmark_comparison import ComparisonConfig, compare_benchmarks
-from qscope_jax.report.benchmark_figures import scatter, tree
+from qscope_jax.report.benchmark_figures import tree
 from qscope_jax.report.benchmarks_page import correlation_rows, write_benchmarks_page
 
 NAMES = ("a<b>", "left", "right", "far")
@@ -66,8 +65,3 @@ def test_rows_of_agreement_are_complete(comparison):
     rows = correlation_rows(comparison)
     assert len(rows) == 3 * len(comparison.correlations) and len(comparison.correlations) == 7
     assert all(len(row) == 6 for row in rows)
-
-
-def test_points_and_names_that_differ_in_number_are_refused():
-    with pytest.raises(InputError, match="1 names for 2 and 2 coordinates"):
-        scatter(["a"], [1, 2], [3, 4], title="", x_title="", y_title="")

@@ -1,36 +1,15 @@
 import base64
-import dataclasses
 import hashlib
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
 
 from qscope_jax.errors import InputError, SourceError
-from qscope_jax.features.explain.feature_card import Context, FeatureCard, GroupRate, QuantileContexts
+from qscope_jax.features.explain.feature_card import Context
 from qscope_jax.report.feature_site import BLOCK_FEATURES, holds_site, write_site
-from qscope_jax.report.site_data import Block, data_script, token_label
-
-HOSTILE = "</script><script>alert(1)</script>\"'\\u0041\\\u2028\u2029\n\r\t\x00\ud83d<!-- ${x} &amp;"
-
-
-def card(feature: int, layer: int = 3, **changes) -> FeatureCard:
-    context = Context(5, 1, 2, (10, 11, 12), (0.0, 2.5, 0.12345), {"language": "en"})
-    whole = FeatureCard(
-        layer, feature, 0.01, 0.5, 2.5, 1.25, ((0.0, 2.5, 7),), {"language": (GroupRate("en", 9, 0.5, 0.01, 1.0),)}, (context,),
-        (QuantileContexts(1.0, 2.0, 3, (context,)),), ((11, 0.5),), ((12, -0.5),), ((1, 0.9),), ((2, 0.1),), "said", {"detection": 0.75},
-    )  # fmt: skip
-    return dataclasses.replace(whole, **changes)
-
-
-def handed_over(script: str):
-    """Name and value that a data script hands over, read as a browser reads a string in single quotes."""
-    found = re.fullmatch(r"qscopeData\('(\w+)','((?:[^'\\\n\r\u2028\u2029]|\\.)*)'\)\n", script)
-    assert found is not None
-    text = re.sub(r"\\(u[0-9a-f]{4}|.)", lambda match: chr(int(match[1][1:], 16)) if len(match[1]) == 5 else match[1], found[2])
-    return found[1], json.loads(text)
+from tests.report.test_site_data import HOSTILE, card, handed_over
 
 
 def read(folder: Path, name: str):
@@ -41,13 +20,6 @@ def read(folder: Path, name: str):
 
 def write(folder: Path, cards, **options) -> Path:
     return write_site(folder, cards, **{"title": "t", "token_text": lambda token: f" w{token}", **options})
-
-
-def test_a_script_hands_over_exactly_its_value_on_one_line():
-    value = {"text": HOSTILE, HOSTILE: [1, 0.5, None, "中文", "العربية", "'"]}
-    script = data_script("block0", value)
-    assert len(script.splitlines()) == 1 and handed_over(script) == ("block0", value)
-    script.encode("utf-8")
 
 
 def test_every_feature_is_in_the_index_and_in_the_block_of_its_place(tmp_path):
@@ -76,48 +48,6 @@ def test_a_block_holds_all_of_a_card_and_each_token_once(tmp_path):
         "unit": 0.001, "top": [context], "quantiles": [[1, 2, 3, [context]]], "promoted": [[1, 0.5]], "suppressed": [[2, -0.5]],
         "neighbours": [[1, 0.9]], "cofiring": [[2, 0.1]], "scores": [["detection", 0.75]],
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("maximum", [3e-5, 0.7, 9.999, 1234.5, 8e9])
-def test_activations_keep_four_digits_of_the_maximum(maximum):
-    block = Block(str)
-    activations = (0.0, maximum, maximum / 7, -maximum / 3)
-    block.add(card(0, maximum=maximum, top=(Context(0, 1, 0, (1, 2, 3, 4), activations),)))
-    (written,) = block.value()["cards"]
-    for units, activation in zip(written["top"][0]["activations"], activations, strict=True):
-        assert abs(units * written["unit"] - activation) <= 0.000501 * maximum
-
-
-def test_what_is_not_finite_is_null():
-    block = Block(str)
-    block.add(card(0, maximum=math.nan, top=(Context(0, 0, 0, (1, 2), (math.inf, 1.0)),)))
-    (written,) = block.value()["cards"]
-    assert written["top"][0]["activations"] == [None, 1]
-    json.dumps(block.value(), allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("token", "label"),
-    [
-        (" the", "the"),
-        ("the", "the"),
-        ("  ", "··"),
-        ("\n", "↵"),
-        ("a\tb", "a⇥b"),
-        ("\ufffd", "□"),
-        ("\x07", "[U+0007]"),
-        ("", "[empty]"),
-        ("中", "中"),
-    ],
-)
-def test_a_token_in_a_list_is_a_word_or_a_mark(token, label):
-    assert token_label(token) == label
-
-
-def test_tokens_that_need_marks_come_with_their_pieces():
-    block = Block({10: " plain", 11: "a\n", 12: "<0xE4>"}.__getitem__)
-    block.add(card(0))
-    assert block.value()["tokens"] == [" plain", ["a\n", [["text", "a"], ["newline", "\n"]]], ["<0xE4>", [["partial", "<0xE4>"]]]]
 
 
 def test_no_text_is_read_as_markup(tmp_path):
