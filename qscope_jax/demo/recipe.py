@@ -2,7 +2,7 @@
 
     python -m qscope_jax.demo.recipe --out qscope_jax/demo/tiny
 
-A byte-level BPE of 3,072 tokens and a Qwen3 of 1.6 million parameters, written as a Hugging Face folder in bfloat16 (3.4 MB). Beside the
+A byte-level BPE of 3,072 tokens and a Qwen3 of 1.6 million parameters, written as a Hugging Face folder in bfloat16 (3.2 MB). Beside the
 weights, `recipe.json` records the settings, the held-out loss, the machine and the versions of the run that made them, and
 `checkpoint_scores.npz` which samples of the twelve tasks each of its checkpoints answered rightly.
 """

@@ -17,8 +17,7 @@ The tasks were written down before a model was trained on them, and were measure
 been tried on simulated answers, with learning curves as the earlier model's. Measured: Spearman 0.89 of R-hat with redundancy by scores. Size
 grows with redundancy on these rungs, and the number of samples alone gives 0.92; with size taken out 0.18 is left.
 
-Two earlier sets of tasks had given the correlation of
-R-hat with redundancy by scores as -0.15 (most tasks were never learnt) and -0.47 (tasks were learnt all at once or not at all, so that
+Two earlier sets of tasks had given -0.15 (most tasks were never learnt) and -0.47 (tasks were learnt all at once or not at all, so that
 redundancy by scores told the shape of a learning curve; a third of the verbs' samples could not be answered, for the reason above).
 Checkpoints are evenly spread, because the earlier run learnt its tasks between a fifth and four fifths of its steps.
 

@@ -46,6 +46,9 @@ def test_the_checks_are_met_only_as_far_as_the_numbers_go(chapter):
     rho, families = chapter.checks
     assert rho.value == chapter.data["spearman"]["value"] and rho.met == (rho.value >= 0.8)
     assert families.met == (families.value > 1)
+    # The number never stands without what the sizes alone give.
+    alone = f"{chapter.data['spearman_of_size']:.2f}"
+    assert f"of size alone {alone}" in rho.name and f"number of samples by itself gives {alone}" in chapter.summary
 
 
 def test_ranks_that_are_those_of_size_leave_nothing_once_size_is_taken_out():
