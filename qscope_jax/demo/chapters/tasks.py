@@ -44,7 +44,7 @@ def run(tour: Tour) -> Chapter:
     pairs = correlate_pairs(overlap, similarity.values)["spearman"]
     suite = advise(footprints, similarity)
     checks = [
-        # Where size alone orders the tasks, whoever reads the number must know that it says little of the features.
+        # Where size alone orders the tasks as well, whoever reads the number must know it.
         Check(f"Spearman of R-hat with redundancy by scores (of size alone {by_size:.2f})", rho.value, "at least 0.80", bool(rho.value >= 0.8)),
         Check("overlap_min inside families / across", inside / across, "over 1", bool(inside > across)),
     ]
