@@ -72,10 +72,14 @@ def check_run(config: Any, *may_change: str) -> Path:
 
     Raises:
         SourceError: the folder cannot be written, or holds a run and `resume` was not asked for.
-        ConfigError: an option differs from the run's.
+        ConfigError: an option is out of range, or differs from the run's.
     """
+    from qscope_jax.training.loop import LoopConfig
+
     out = Path(config.out).expanduser()
     check_writable(config.out, folder=True)
+    steps = 1 if config.steps is None else config.steps  # some recipes count their steps from the data
+    LoopConfig(**{**same_named(LoopConfig, config), "steps": steps, "run_dir": str(out)})
     saved = out / "config.yaml"
     if not saved.is_file():
         return out

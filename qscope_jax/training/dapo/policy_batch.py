@@ -15,10 +15,25 @@ from qscope_jax.errors import InputError
 class Sampled(Protocol):
     """What is needed of a rollout: `models.rollouts.Rollout`."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    stopped: bool
-    steered: bool
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens drawn."""
+        ...
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """What the sampler saw of each."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop token ended it."""
+        ...
+
+    @property
+    def steered(self) -> bool:
+        """Whether it felt edits."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
