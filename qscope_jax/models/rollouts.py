@@ -60,7 +60,7 @@ class RolloutSampler:
         max_new_tokens: int,
         sampling: SamplingConfig,
         stop_ids: Sequence[int],
-        refill_share: float = 0.125,
+        refill_share: float = 0.0625,
     ):
         """Say what programs are for; those of equal sizes are shared, and nothing compiles until the first call.
 
