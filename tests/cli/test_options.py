@@ -11,7 +11,7 @@ from qscope_jax.cli.options import Integers, Numbers, Texts, field_docstrings, h
 from qscope_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-VERB_OF = {"sae": "train-sae", "eval": "eval-sae", "code_switch": "code-switch"}
+VERB_OF = {"sae": "train-sae", "eval": "eval-sae", "code_switch": "code-switch", "sasft": "sft"}
 
 
 @dataclass(frozen=True, kw_only=True)
