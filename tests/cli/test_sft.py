@@ -145,4 +145,5 @@ def test_features_of_another_model_or_without_a_language_of_the_data_are_refused
 def test_data_without_answers_are_refused_with_their_number(refused, model, small, tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text("".join(json.dumps({"prompt": "tea", "response": "" if number else "garden"}) + "\n" for number in range(10)))
-    assert "9" in refused("sft", "train", path, "--config", small, "--model", model, "--out", tmp_path / "run")
+    said = refused("sft", "train", path, "--config", small, "--model", model, "--out", tmp_path / "run")
+    assert "7 of 8 conversations cannot be trained on" in said and "an empty answer" in said
