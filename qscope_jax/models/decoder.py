@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -100,7 +101,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         edits: Sequence[Edit] = (),
-        taps: Int[Array, " M"] | None = None,
+        taps: Int[Array, " M"] | Int[np.ndarray, " M"] | None = None,
         stop_after: int | None = None,
         logits: Literal["all", "last"] = "all",
     ) -> DecoderOutput:
@@ -113,7 +114,8 @@ class Decoder(nnx.Module):
             cache: State to continue from, see `init_cache`; rows must then be padded on the left.
             edits: Interventions, applied after each layer in order.
             taps: Distinct layers whose residual stream is returned (after both residual adds, after edits, before the final norm).
-                Values, not shape, choose the layers: changing them compiles nothing.
+                Values, not shape, choose the layers: changing them compiles nothing. As a NumPy array they are constants of the program, and
+                where layers are not scanned their streams are kept as they are, without a buffer.
             stop_after: Layer above which nothing is computed (and no logits). Static: each value compiles once.
             logits: `last` scores only the last position.
 
@@ -128,13 +130,17 @@ class Decoder(nnx.Module):
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(math.sqrt(self.config.d_model), x_BTD.dtype)
         x_BTD = keep_rows(x_BTD)
-        buffer = None if taps is None else jnp.zeros((taps.shape[0] + 1, *x_BTD.shape), x_BTD.dtype)
-        rows_L = None if taps is None else _tap_rows(taps, self.config.num_layers)
+        buffer, rows_L = None, None
+        if isinstance(taps, np.ndarray) and self.config.repeats == 1:
+            buffer = _Kept(taps.tolist(), jnp.zeros_like(x_BTD))
+        elif taps is not None:
+            buffer = jnp.zeros((taps.shape[0] + 1, *x_BTD.shape), x_BTD.dtype)
+            rows_L = _tap_rows(jnp.asarray(taps), self.config.num_layers)
         run = _Run(self.config, context, edit_context, tuple(edits), rows_L)
         x_BTD, buffer, states = run.layers(self.layers, x_BTD, buffer, None if cache is None else cache.layers, stop_after)
         if cache is not None and states is not None:
             cache = Cache(states, cache.segment_ids_BS, cache.slot, cache.lengths_B, cache.prompt_lengths_B)
-        residuals = None if buffer is None else buffer[:-1]
+        residuals = buffer.stacked() if isinstance(buffer, _Kept) else None if buffer is None else buffer[:-1]
         if stop_after is not None:
             return DecoderOutput(None, residuals, cache)
         return DecoderOutput(self.unembed(x_BTD[:, -1:] if logits == "last" else x_BTD), residuals, cache)
@@ -176,6 +182,22 @@ class Decoder(nnx.Module):
         return context, EditContext(local_BT, lengths_BT, valid_BT) if edited else None, cache
 
 
+class _Kept:
+    """Streams of layers that are known when a program is traced: the compiler sees through the stack and the slices that users take of it."""
+
+    def __init__(self, layers: Sequence[int], nothing: Array):
+        self._streams = dict.fromkeys(layers, nothing)
+
+    def keep(self, layer: int, x: Array) -> None:
+        """Keep a stream, if it was asked for."""
+        if layer in self._streams:
+            self._streams[layer] = x
+
+    def stacked(self) -> Array:
+        """All of them, in the order asked for; zeros where a layer was not reached."""
+        return jnp.stack(list(self._streams.values()))
+
+
 @dataclass(frozen=True)
 class _Run:
     """The loop over layers of one call."""
@@ -186,7 +208,9 @@ class _Run:
     edits: tuple[Edit, ...]
     rows_L: Array | None
 
-    def layers(self, layers: Any, x: Array, buffer: Array | None, states: Any, stop_after: int | None) -> tuple[Array, Array | None, Any]:
+    def layers(
+        self, layers: Any, x: Array, buffer: Array | _Kept | None, states: Any, stop_after: int | None
+    ) -> tuple[Array, Array | _Kept | None, Any]:
         """Run layers 0 to `stop_after` (all of them when None)."""
         period, repeats = self.config.period, self.config.repeats
         count = self.config.num_layers if stop_after is None else stop_after + 1
@@ -217,7 +241,9 @@ class _Run:
             if states is not None:
                 states[place] = state
             x = keep_rows(apply_edits(x, self.edits, index, self.edit_context))
-            if buffer is not None and self.rows_L is not None:
+            if isinstance(buffer, _Kept):
+                buffer.keep(place, x)  # no scan: the place in the period is the layer
+            elif buffer is not None and self.rows_L is not None:
                 buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, self.rows_L[index], 0)
         return x, buffer, None if states is None else tuple(states)
 

@@ -185,7 +185,7 @@ def losses(decoder: Decoder, batch: Batch, auxiliary: Auxiliary | None, chunk: i
     last = decoder.config.num_layers - 1
     layers = () if auxiliary is None else auxiliary.layers
     tapped = tuple(dict.fromkeys((*layers, last)))
-    out = decoder(batch.tokens_BT, segment_ids=batch.segment_ids, taps=jnp.asarray(tapped, jnp.int32), stop_after=last)
+    out = decoder(batch.tokens_BT, segment_ids=batch.segment_ids, taps=np.asarray(tapped, np.int32), stop_after=last)
     assert out.residuals is not None
     predicted_BT = predicted_mask(batch.trained_BT, batch.segment_ids)
     unwanted = None if auxiliary is None else auxiliary.unwanted

@@ -2,11 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from qscope_jax.cli import language_features, sft
+from qscope_jax.cli import dapo, language_features, sft
 from qscope_jax.cli.options import parse
+from qscope_jax.training.dapo.rewards import load_rewards
 
 FOLDER = Path(__file__).parents[2] / "configs" / "sasft"
 FEATURES = sorted(FOLDER.glob("features_*.yaml"))
+GRPO = FOLDER.parent / "dapo" / "grpo_script_qwen3_1.7b_zh.yaml"
 TRAINING = sorted(set(FOLDER.glob("*.yaml")) - set(FEATURES))
 MODELS = ("qwen3_1.7b", "qwen3_8b", "gemma2_2b", "gemma2_9b", "llama3.1_8b", "tiny")
 
@@ -33,3 +35,9 @@ def test_features_are_of_the_last_two_layers_of_the_model_that_is_trained(file):
     trained = parse("sft train", sft.Config, ["--config", str(FOLDER / f"{file.stem.removeprefix('features_')}_zh.yaml")])
     assert config.model == trained.model and len(config.layers) == 2 and config.count == (16 if config.model == "tiny" else 2)
     assert config.layers[1] == config.layers[0] + 1
+
+
+def test_the_grpo_baseline_begins_where_plain_fine_tuning_ended_and_asks_for_the_prompts_language():
+    config = parse("dapo train", dapo.Config, ["--config", str(GRPO)])
+    (reward,) = load_rewards(dapo.read_rewards(config.rewards))
+    assert config.loss_type == "grpo" and config.model.endswith("_sft/model") and reward.missing(["language"]) == []

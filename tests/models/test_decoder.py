@@ -91,6 +91,17 @@ def test_scan_and_unrolled_layers_compute_the_same(unrolled, tokens, outputs):
     assert_close(out.logits, outputs.logits, 1e-6)
 
 
+@pytest.mark.parametrize("stacking", ["scanned", "unrolled"])
+def test_taps_that_are_constants_of_the_program_give_the_same_streams(stacking, request, tokens, outputs):
+    order = np.array([2, 0], np.int32)
+    decoder = request.getfixturevalue(stacking)
+    found = jax.jit(lambda decoder, tokens: decoder(tokens, taps=order).residuals)(decoder, jnp.asarray(tokens))
+    assert_close(found, outputs.residuals[order], 1e-6)
+    below = jax.jit(lambda decoder, tokens: decoder(tokens, taps=order, stop_after=1).residuals)(decoder, jnp.asarray(tokens))
+    assert_close(below[1], outputs.residuals[0], 1e-6)
+    assert not np.any(below[0])
+
+
 def test_taps_come_in_the_order_asked_for(scanned, unrolled, tokens, outputs):
     order = np.asarray([2, 0, 1], np.int32)
     for decoder in (scanned, unrolled):

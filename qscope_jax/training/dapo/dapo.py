@@ -423,7 +423,7 @@ class DAPO:
 
     def _logprobs_and_entropy(self, decoder: Decoder, tokens_BT: Array, segments: Array, mask_BT: Array) -> tuple[Array, Array]:
         last = decoder.config.num_layers - 1
-        out = decoder(tokens_BT, segment_ids=segments, taps=jnp.asarray([last], jnp.int32), stop_after=last)
+        out = decoder(tokens_BT, segment_ids=segments, taps=np.asarray([last], np.int32), stop_after=last)
         assert out.residuals is not None
         return token_logprobs(decoder, out.residuals[0], tokens_BT, mask_BT, temperature=self.config.temperature, chunk=self.config.head_chunk)
 

@@ -18,6 +18,7 @@ import numpy as np
 import regex
 
 from qscope_jax.errors import ConfigError
+from qscope_jax.features.scripts import language_scripts
 from qscope_jax.features.scripts import script_share as share_of_script
 from qscope_jax.training.dapo.shaping import check_ngrams, check_overlong, ngram_repetition_penalty, soft_overlong_punishment
 
@@ -143,15 +144,42 @@ def multiple_choice(*, column: str = "answer", right: float = 1.0, wrong: float 
     return AnswerReward(column, compare)
 
 
-def script_share(*, script: str) -> Function:
+@dataclass(frozen=True)
+class LanguageShare:
+    """Share of the letters of each completion that are of its row's own language: SASFT's reward against switching, by letters.
+
+    Attributes:
+        column: Column of the languages' codes.
+    """
+
+    column: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it needs."""
+        return (self.column,)
+
+    def __call__(self, *, completions: list[str], **columns: list[Any]) -> list[float]:
+        """A share for each completion; NaN where the script of the language is not known."""
+        scripts = ["+".join(language_scripts(str(code))) for code in columns[self.column]]
+        return [share_of_script(said, own) if own else np.nan for said, own in zip(completions, scripts, strict=True)]
+
+
+def script_share(*, script: str = "", language_column: str = "") -> Callable[..., list[float]]:
     """Share of a script among the letters of a completion; 0 without letters. A negative weight keeps the script down.
 
     Args:
         script: One of `qscope_jax.features.scripts.SCRIPTS`, or several joined by a plus.
+        language_column: In its place the column of each row's language, whose scripts are meant.
 
     Raises:
+        ConfigError: both are given, or neither.
         InputError: another script.
     """
+    if bool(script) == bool(language_column):
+        raise ConfigError(f"script is {script!r} and language_column {language_column!r}; give one of them")
+    if language_column:
+        return LanguageShare(language_column)
     share_of_script("", script)
     return lambda *, completions, **columns: [share_of_script(completion, script) for completion in completions]
 

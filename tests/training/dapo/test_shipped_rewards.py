@@ -144,3 +144,12 @@ def test_every_shipped_reward_takes_no_completions_too():
     for name in SHIPPED:
         if name != "numeric":
             assert SHIPPED[name](**options.get(name, {}))(prompts=[], completions=[], completion_ids=[], answer=[]) == []
+
+
+def test_the_share_of_a_row_s_own_language_is_sasft_s_reward():
+    reward = load_rewards({"script_share": {"language_column": "language"}})
+    said = ["plain words", "чай и tea", "", "お茶と茶"]
+    inputs = RewardInputs([""] * 4, said, [[1]] * 4, {"language": ["en", "ru", "ko", "ja"]})
+    assert score(reward, inputs).components["script_share"].tolist() == pytest.approx([1.0, 4 / 7, 0.0, 1.0])
+    with pytest.raises(ConfigError, match="give one of them"):
+        load_rewards({"script_share": {"language_column": "language", "script": "Han"}})
