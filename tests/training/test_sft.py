@@ -267,3 +267,25 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero():
         rate = config.rate()
         assert 0 < float(rate(0)) < 0.2 and float(rate(10)) == pytest.approx(1.0) and float(rate(60)) == pytest.approx(halfway, abs=1e-6)
         assert float(rate(110)) == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-6)
+
+
+OTHER_FAMILIES = {
+    "llama": {"qk_norm": False},
+    "gemma2": {
+        "qk_norm": False, "mixers": ("sliding_attention", "full_attention"), "sliding_window": 4, "output_norms": True, "unit_offset_norms": True,
+        "activation": "gelu_tanh", "scale_embeddings": True, "attention_softcap": 50.0, "logit_softcap": 30.0, "tie_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_the_other_families_of_the_paper_learn_and_are_held_down_as_well(tiny_config, batch, family):
+    config = tiny_config(2, family=family, **OTHER_FAMILIES[family]).unrolled()
+    model = LanguageModel(jax.jit(lambda key: Decoder(config, key))(jax.random.key(0)))
+    recipe = SFT(model, ROWS, SETTINGS, languages=LANGUAGES, auxiliary=ceiling(config.d_model))
+    state, metrics = recipe.init(), []
+    for _ in range(4):
+        state, found = recipe.step(state, batch)
+        metrics.append({name: float(value) for name, value in found.items()})
+    assert metrics[-1]["loss"] < metrics[0]["loss"] and metrics[-1]["auxiliary"] < 0.9 * metrics[0]["auxiliary"]
+    assert all(one["skipped"] == 0 for one in metrics)
