@@ -1,3 +1,6 @@
+import operator
+from fractions import Fraction
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -70,14 +73,16 @@ def test_or_rule_equals_set_logic(activations, k):
     positive = classes(len(activations))
     fires = [{f for f in range(activations.shape[1]) if row[f] > 0} for row in activations]
     sides = fires[::2], fires[1::2]
-    delta = {f: np.subtract(*(sum(f in s for s in side) / len(side) for side in sides)) for f in range(activations.shape[1])}
-    chosen = sorted((f for f in delta if delta[f] > 0), key=lambda f: (-delta[f], f))[:k]
-    if not chosen:
+    # In fractions: rounding would tell apart features whose rates differ equally.
+    delta = {f: operator.sub(*(Fraction(sum(f in s for s in side), len(side)) for side in sides)) for f in range(activations.shape[1])}
+    largest = sorted((delta[f] for f in delta if delta[f] > 0), reverse=True)[:k]
+    if not largest:
         with pytest.raises(InputError, match="no feature of layers 0 fires more often"):
             fit_rule({0: table(activations)}, positive, RuleConfig(k=k))
         return
     rule = fit_rule({0: table(activations)}, positive, RuleConfig(k=k))
-    assert [term.feature for term in rule.terms] == chosen
+    chosen = [term.feature for term in rule.terms]
+    assert [delta[feature] for feature in chosen] == largest and len(set(chosen)) == len(chosen)
     read = rule.activations({0: table(activations)})
     assert rule.predict(read).tolist() == [bool(set(chosen) & s) for s in fires] == (rule.score(read) > 0).tolist()
 

@@ -189,7 +189,7 @@ def test_inputs_that_do_not_belong_together_are_refused_in_one_line():
         ({"exact_match": float("nan")}, "its weight is nan"),
         ({"exact_match": 0, "format": {"pattern": "x", "weight": 0}}, "rewards exact_match, format all weigh 0"),
         ({"exact_match": {"colum": "x"}}, "reward exact_match: .*colum.*; its options are column, pattern, ignore_case, right, wrong"),
-        ({"script_share": 1.0}, "reward script_share: missing a required .*argument: 'script'"),
+        ({"script_share": 1.0}, "reward script_share: script is '' and language_column ''; give one of them"),
         ({"script_share": {"script": "Hanzi"}}, "reward script_share: script is 'Hanzi'"),
         ({"script_share": {"script": 5}}, r"reward script_share: refuses its options \("),
         ({"length": {"soft_punish_cache": 8}}, "reward length: missing a required .*argument: 'max_completion_len'"),
