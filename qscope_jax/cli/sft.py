@@ -241,4 +241,5 @@ def _show(result: dict[str, Any], config: Config) -> None:
         print_table(("held-out conversations", f"step {result['step']}"), list(result["held_out"].items()))
     print(f"Model: {result['model']}   page: {result['page']}")
     if config.method != "sft" or config.data == TINY:
-        print(f"Count its switches with: qscope code-switch measure --model {result['model']} --language {config.language or 'LANGUAGE'}")
+        prompts, language = ("tiny" if config.data == TINY else "PROMPTS"), config.language or "LANGUAGE"
+        print(f"Count its switches with: qscope code-switch measure --model {result['model']} --language {language} --prompts {prompts}")
