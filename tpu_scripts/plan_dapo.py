@@ -98,7 +98,8 @@ def abstract_recipe(config: "Config", mesh: "Mesh") -> "DAPO":
     from qscope_jax.cli.options import same_named
     from qscope_jax.features.steering import add_directions
     from qscope_jax.models.language_model import LanguageModel
-    from qscope_jax.training.dapo.dapo import DAPO, DAPOConfig, Task
+    from qscope_jax.training.dapo.dapo import DAPO, Task
+    from qscope_jax.training.dapo.dapo_config import DAPOConfig
     from qscope_jax.training.dapo.rewards import Reward
     from tpu_scripts.programs import backbone, decoder_arrays
 

@@ -11,7 +11,7 @@ import yaml
 from qscope_jax.cli import repetition_features
 from qscope_jax.cli.options import Texts, check_at_least, positional, same_named
 from qscope_jax.cli.sources import SAEOptions, open_model, open_sae
-from qscope_jax.cli.training_run import RunOptions, check_run, run_to_end
+from qscope_jax.cli.training_run import RunOptions, TuningOptions, check_run, run_to_end
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, SAEOptions):
+class Config(TuningOptions, RunOptions, SAEOptions):
     """Train a model on rewards of its own answers (DAPO); with --num-steered, some of them steered along a feature."""
 
     data: str = positional()
@@ -104,34 +104,12 @@ class Config(RunOptions, SAEOptions):
     """Control: steer along random directions of the same norm instead."""
     steps: int = 100
     """Steps of the run, each with rollouts and its updates."""
-    micro_batches: int = 1
-    """Parts in which an update's rows are worked through; changes no gradient."""
     learning_rate: float = 1e-6
     """Peak rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """How the rate goes on after the warm-up."""
     warmup_steps: int = 20
     """Updates of linear warm-up, at most half of the run."""
-    weight_decay: float = 0.1
-    """Decay of matrices."""
-    beta1: float = 0.9
-    """Of Adam's first moment."""
-    beta2: float = 0.95
-    """Of its second."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    lora_rank: int = 0
-    """Rank of adapters, which are then trained instead of the weights; 0 trains all weights."""
-    lora_alpha: float = 32.0
-    """Adapters count alpha / rank times."""
-    lora_targets: Texts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Weights that get adapters."""
-    master_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of trained parameters and moments."""
-    remat: bool = True
-    """Compute layers anew in the backward pass instead of keeping their activations."""
-    head_chunk: int = 0
-    """Positions of a row whose vocabulary scores are held at a time; 0 holds all."""
     eval_samples: int = 4
     """Answers to each held-out prompt."""
     rollout_mesh: str = ""
@@ -173,7 +151,8 @@ def make_recipe(model: "LanguageModel", config: Config) -> "DAPO":
         QscopeError: data, rewards, features or sizes do not fit.
     """
     from qscope_jax.parallel.mesh import make_mesh
-    from qscope_jax.training.dapo.dapo import DAPO, DAPOConfig
+    from qscope_jax.training.dapo.dapo import DAPO
+    from qscope_jax.training.dapo.dapo_config import DAPOConfig
 
     settings = DAPOConfig(**same_named(DAPOConfig, config))
     mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else None

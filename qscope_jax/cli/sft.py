@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qscope_jax.cli import language_features
-from qscope_jax.cli.options import Integers, Texts, check_at_least, positional, same_named
+from qscope_jax.cli.options import Integers, check_at_least, positional, same_named
 from qscope_jax.cli.sources import TINY, ModelOptions, open_model
-from qscope_jax.cli.training_run import RunOptions, check_run, run_to_end
+from qscope_jax.cli.training_run import RunOptions, TuningOptions, check_run, run_to_end
 from qscope_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunOptions, ModelOptions):
+class Config(TuningOptions, RunOptions, ModelOptions):
     """Fine-tune a model on conversations: `--method sft`, `sasft`, or `penalty`."""
 
     data: str = positional(TINY)
@@ -76,8 +76,6 @@ class Config(RunOptions, ModelOptions):
     """Rows of a step."""
     length: int = 1024
     """Tokens of a row; longer conversations are cut."""
-    micro_batches: int = 1
-    """Parts in which a step's rows are worked through; changes no gradient."""
     lanes: int = 1
     """Independent streams of conversations, on a mesh a multiple of its data axis."""
     learning_rate: float = 1e-5
@@ -86,26 +84,6 @@ class Config(RunOptions, ModelOptions):
     """How the rate falls after the warm-up."""
     warmup_steps: int = 100
     """Steps of linear warm-up, at most half of the run."""
-    weight_decay: float = 0.1
-    """Decay of matrices."""
-    beta1: float = 0.9
-    """Of Adam's first moment."""
-    beta2: float = 0.95
-    """Of its second."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    lora_rank: int = 0
-    """Rank of adapters, which are then trained instead of the weights; 0 trains all weights."""
-    lora_alpha: float = 32.0
-    """Adapters count alpha / rank times."""
-    lora_targets: Texts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Weights that get adapters."""
-    master_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of trained parameters and moments; passes compute in --dtype."""
-    remat: bool = True
-    """Compute layers anew in the backward pass instead of keeping their activations."""
-    head_chunk: int = 0
-    """Positions of a row whose vocabulary scores are held at a time, a divisor of length; 0 holds all."""
     seed: int = 0
     """Of the held-out share, the order of conversations, and adapters."""
 

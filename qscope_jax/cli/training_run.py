@@ -4,11 +4,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from qscope_jax.cli.options import same_named
+from qscope_jax.cli.options import Texts, same_named
 from qscope_jax.cli.results import check_writable
 from qscope_jax.data.files import atomic_path, plain
 from qscope_jax.errors import ConfigError, SourceError
@@ -43,6 +43,34 @@ class RunOptions:
     """Write metrics and rates to tensorboard in the folder too; needs tensorboardX."""
     wandb: str = ""
     """Project of Weights & Biases that metrics and rates go to as well; needs wandb."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """What fine-tuning verbs train, and how an update is made; names and meaning are those of `training.tuning.TuningConfig`."""
+
+    micro_batches: int = 1
+    """Parts in which an update's rows are worked through; changes no gradient."""
+    weight_decay: float = 0.1
+    """Decay of matrices."""
+    beta1: float = 0.9
+    """Of Adam's first moment."""
+    beta2: float = 0.95
+    """Of its second."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    lora_rank: int = 0
+    """Rank of adapters, which are then trained instead of the weights; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """Adapters count alpha / rank times."""
+    lora_targets: Texts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Weights that get adapters."""
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of trained parameters and moments; passes compute in --dtype."""
+    remat: bool = True
+    """Compute layers anew in the backward pass instead of keeping their activations."""
+    head_chunk: int = 0
+    """Positions of a row whose vocabulary scores are held at a time, a divisor of its length; 0 holds all."""
 
 
 _MAY_CHANGE = {field.name for field in dataclasses.fields(RunOptions)} | {"mesh"}
