@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from qscope_jax.errors import ConfigError, QscopeError
 
 if TYPE_CHECKING:
     import jax
+    from jax.sharding import Mesh
 
     from tpu_scripts.chips import Slice
     from tpu_scripts.collectives import Collectives
@@ -40,7 +42,9 @@ _PARTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; exit status 2 is a mistake of the user, or a run that does not fit, said in one line."""
-    return answer((__doc__ or "").splitlines()[0], "train-sae", _plan_saes, arguments)
+    advice = "a larger slice, another mesh, or a smaller model_batch, buffer_batches or batch_tokens"
+    make = planner("train-sae", "qscope_jax.cli.train_sae", _plan_saes, show, advice)
+    return answer((__doc__ or "").splitlines()[0], "train-sae", make, arguments)
 
 
 def answer(
@@ -86,20 +90,38 @@ def _answer(options: argparse.Namespace, rest: list[str], make: "Callable[[list[
         raise ConfigError(f"{where.topology}: {together:.2f} GiB a device do not fit into its {options.memory:g}; try {found['advice']}")
 
 
-def _plan_saes(flags: list[str], options: argparse.Namespace, where: "Slice") -> dict[str, Any]:
-    from qscope_jax.cli.options import parse
-    from qscope_jax.cli.train_sae import Config
-    from qscope_jax.parallel.mesh import make_mesh
-    from tpu_scripts.chips import as_if_there
+def planner(
+    verb: str, module: str, plan: "Callable[[Any, Mesh, Slice], dict[str, Any]]", show: Callable[[dict[str, Any]], None], advice: str
+) -> "Callable[[list[str], argparse.Namespace, Slice], dict[str, Any]]":
+    """What `answer` calls to plan a verb's run.
+
+    Args:
+        verb: The verb.
+        module: Where its `Config` is.
+        plan: Plans a config on a mesh of a slice.
+        show: Prints a plan.
+        advice: What to try where it does not fit.
+    """
+
+    def make(flags: list[str], options: argparse.Namespace, where: "Slice") -> dict[str, Any]:
+        from qscope_jax.cli.options import parse
+        from qscope_jax.parallel.mesh import make_mesh
+        from tpu_scripts.chips import as_if_there
+
+        config = parse(verb, import_module(module).Config, flags)
+        with as_if_there(where):
+            found = plan(config, make_mesh(config.mesh, where.devices), where)
+        found |= {"memory_gib": options.memory, "advice": advice}
+        show(found)
+        return found
+
+    return make
+
+
+def _plan_saes(config: Any, mesh: "Mesh", where: "Slice") -> dict[str, Any]:
     from tpu_scripts.programs import make_run
 
-    config = parse("train-sae", Config, flags)
-    run = make_run(config, make_mesh(config.mesh, where.devices))
-    with as_if_there(where):
-        found = plan(run, where)
-    found |= {"memory_gib": options.memory, "advice": "a larger slice, another mesh, or a smaller model_batch, buffer_batches or batch_tokens"}
-    show(found)
-    return found
+    return plan(make_run(config, mesh), where)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ take, and ends with status 2 where that does not fit. Further flags are those of
 nothing from the hub. `--topology cpu:8` rehearses on virtual CPU devices.
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tpu_scripts.plan import answer, compile_program, show_collectives, show_memory
+from tpu_scripts.plan import answer, compile_program, planner, show_collectives, show_memory
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -34,23 +33,13 @@ _PARTS = {
 }
 
 
+_ADVICE = "a larger slice, another mesh, more micro_batches, fewer rollout_rows, or lora_rank"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; exit status 2 is a mistake of the user, or a run that does not fit, said in one line."""
-    return answer((__doc__ or "").splitlines()[0], "dapo train", _plan, arguments)
-
-
-def _plan(flags: list[str], options: argparse.Namespace, where: "Slice") -> dict[str, Any]:
-    from qscope_jax.cli.dapo import Config
-    from qscope_jax.cli.options import parse
-    from qscope_jax.parallel.mesh import make_mesh
-    from tpu_scripts.chips import as_if_there
-
-    config = parse("dapo train", Config, flags)
-    with as_if_there(where):
-        found = plan(config, make_mesh(config.mesh, where.devices), where)
-    found |= {"memory_gib": options.memory, "advice": "a larger slice, another mesh, more micro_batches, fewer rollout_rows, or lora_rank"}
-    show(found)
-    return found
+    make = planner("dapo train", "qscope_jax.cli.dapo", plan, show, _ADVICE)
+    return answer((__doc__ or "").splitlines()[0], "dapo train", make, arguments)
 
 
 def plan(config: "Config", mesh: "Mesh", where: "Slice") -> dict[str, Any]:

@@ -5,30 +5,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
 
+from tests.tpu_scripts.planned import GIB, MODEL, Answer
 from tpu_scripts.plan import main
 
 ROOT = Path(__file__).parents[2]
-MODEL = {
-    "model_type": "qwen3", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    "max_position_embeddings": 512, "eos_token_id": 0, "dtype": "bfloat16",
-}  # fmt: skip
 RUN = {"out": "runs/x", "num_features": 512, "k": 8, "batch_tokens": 256, "buffer_batches": 4, "lanes": 4, "sequence_length": 32, "model_batch": 8}
-GIB = 2**30
 libtpu_only = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
-
-class Answer(NamedTuple):
-    """What a run of the program gave."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture

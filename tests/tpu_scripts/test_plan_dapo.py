@@ -3,7 +3,7 @@ import json
 import pytest
 import yaml
 
-from tests.tpu_scripts.test_plan_sft import GIB, MATRICES, MODEL, Answer
+from tests.tpu_scripts.planned import GIB, MATRICES, MODEL, Answer
 from tpu_scripts.plan_dapo import main
 
 RUN = {
