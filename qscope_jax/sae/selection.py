@@ -11,7 +11,7 @@ from qscope_jax.models.linear import precision_for
 from qscope_jax.parallel.shards import Shards
 from qscope_jax.sae.topk import top_k
 
-_CHUNK = 256
+_CHUNK = 512
 
 
 def largest_features(
@@ -85,7 +85,7 @@ def pre_activations(x_ND: Float[Array, "N D"], W_FD: Float[Array, "F D"], b_F: F
 
 
 def _in_chunks(choose: Callable[[Array], tuple[Array, Array]], x_ND: Array, num_features: int) -> tuple[Array, Array]:
-    """`choose` over groups of 256 tokens where the pre-activations of all at once would leave a CPU's caches."""
+    """`choose` over groups of 512 tokens where the pre-activations of all at once would leave a CPU's caches."""
     tokens, width = x_ND.shape
     chunks = tokens // _CHUNK
     if jax.default_backend() != "cpu" or chunks < 2 or tokens * num_features < _CHUNK * 16384:

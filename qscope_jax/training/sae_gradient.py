@@ -28,6 +28,7 @@ from qscope_jax.training.sae_config import SAEConfig
 
 _COUNTER_LIMIT = 2_000_000_000
 _COMPACT = 8
+_Sums = tuple[SparseAutoencoder, Array]  # gradient, and the decoder gradient's product with each direction
 
 
 @jax.tree_util.register_dataclass
@@ -57,12 +58,14 @@ class Gradient(NamedTuple):
 
     Attributes:
         parameters: Gradient of every parameter, in an SAE's place; this shard's features, all shards' tokens.
+        along_F: The decoder gradient's product with each direction, which is known from the codes: neither matrix is read for it.
         losses: The losses.
         tokens_since_fired: Counters of this shard's features, this batch counted.
         least_active: `batch_topk`'s least active value.
     """
 
     parameters: SparseAutoencoder
+    along_F: Float[Array, " F"]
     losses: Losses
     tokens_since_fired: Int[Array, " F"]
     least_active: Float[Array, ""]
@@ -125,17 +128,17 @@ def loss_and_gradient(
     l0 = shards.sum(jnp.sum(code.active_NJ, dtype=jnp.float32)) / tokens
     toward_l0 = 2 * sparsity_weight * (l0 / config.k - 1) / (config.k * tokens)
 
-    def without_aux() -> tuple[SparseAutoencoder, Array]:
+    def without_aux() -> tuple[_Sums, Array]:
         return matrices.gradient(x_ND, terms, db_dec_ND, toward_l0), jnp.float32(0)
 
-    def with_aux(most: int) -> tuple[SparseAutoencoder, Array]:
+    def with_aux(most: int) -> tuple[_Sums, Array]:
         aux_code = _choose_dead(sae, x_ND, matrices, dead_F, min(aux_k, shards.all_features(most)), most, shards)
         rest_ND = error_ND - shards.sum_features(matrices.decode(aux_code))
         aux, down = _quotient(rest_ND, _spread(error_ND, shards), shards)
         term = _Term(aux_code, config.aux_weight * down * rest_ND)
         return matrices.gradient(x_ND, [*terms, term], db_dec_ND, toward_l0), aux
 
-    gradient, aux = _by_number_of_dead(num_dead, sae.num_features, aux_k, without_aux, with_aux, shards) if config.aux_weight else without_aux()
+    sums, aux = _by_number_of_dead(num_dead, sae.num_features, aux_k, without_aux, with_aux, shards) if config.aux_weight else without_aux()
     all_dead = shards.sum_features(num_dead)
     full_N = shards.sum_features(jnp.sum(code.active_NJ, axis=1, dtype=jnp.int32)) >= config.slots
     losses = Losses(
@@ -146,7 +149,8 @@ def loss_and_gradient(
         cut=jnp.float32(0) if config.activation == "topk" else shards.sum_tokens(jnp.sum(full_N, dtype=jnp.float32)) / tokens,
         sparsity=jnp.square(l0 / config.k - 1) if config.activation == "jumprelu" else jnp.float32(0),
     )
-    return Gradient(jax.tree.map(shards.sum_tokens, gradient), losses, since_F, least)
+    parameters, along_F = jax.tree.map(shards.sum_tokens, sums)
+    return Gradient(parameters, along_F, losses, since_F, least)
 
 
 def _rebuild(
@@ -175,10 +179,10 @@ def _by_number_of_dead(
     num_dead: Array,
     num_features: int,
     aux_k: int,
-    without_aux: Callable[[], tuple[SparseAutoencoder, Array]],
-    with_aux: Callable[[int], tuple[SparseAutoencoder, Array]],
+    without_aux: Callable[[], tuple[_Sums, Array]],
+    with_aux: Callable[[int], tuple[_Sums, Array]],
     shards: Shards,
-) -> tuple[SparseAutoencoder, Array]:
+) -> tuple[_Sums, Array]:
     """No AuxK where nothing is dead, as it is 0; where little is, AuxK over those features alone; else over all.
 
     Every device takes the same branch, since there are collectives in them.
@@ -214,22 +218,23 @@ class _Matrices:
         rows = (target_ND, code.values_NJ, code.indices_NJ)
         return _in_parts(lambda part: residual_rows(part[0], part[1], part[2], self.W_dec_FD), rows, self.config.micro_batches)
 
-    def gradient(self, x_ND: Array, terms: Sequence["_Term"], db_dec_ND: Array, toward_l0: Array) -> SparseAutoencoder:
-        """Sum over this device's tokens of every term's gradient."""
+    def gradient(self, x_ND: Array, terms: Sequence["_Term"], db_dec_ND: Array, toward_l0: Array) -> _Sums:
+        """Sums over this device's tokens: every term's gradient, and its decoder part along each direction."""
         rows, parts = (x_ND, tuple(terms), db_dec_ND), self.config.micro_batches
         if parts == 1:
             return self._part(rows, toward_l0)
         split = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), rows)
-        nothing = jax.tree.map(jnp.zeros_like, self.sae)
+        nothing = (jax.tree.map(jnp.zeros_like, self.sae), jnp.zeros_like(self.sae.b_enc[...]))
         return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, self._part(part, toward_l0)), None), nothing, split)[0]
 
-    def _part(self, rows: tuple[Array, Sequence[_Term], Array], toward_l0: Array) -> SparseAutoencoder:
+    def _part(self, rows: tuple[Array, Sequence[_Term], Array], toward_l0: Array) -> _Sums:
         x_ND, terms, db_dec_ND = rows
         features, dtype = self.sae.num_features, self.W_dec_FD.dtype
         indices_NJ = jnp.concatenate([term.code.indices_NJ for term in terms], axis=1)
         active_NJ = jnp.concatenate([term.code.active_NJ for term in terms], axis=1)
         slopes_NJ = jnp.concatenate([self._slopes(term) for term in terms], axis=1)
         dz_NJ = jnp.where(active_NJ, slopes_NJ, jnp.float32(0))
+        values_NJ = jnp.concatenate([term.code.values_NJ for term in terms], axis=1)
         dW_dec = [scatter_rows(term.code.values_NJ, term.code.indices_NJ, term.y_ND.astype(dtype), features) for term in terms]
         changes: dict[str, Array] = {
             "W_enc": scatter_rows(dz_NJ, indices_NJ, x_ND.astype(dtype), features),
@@ -239,7 +244,7 @@ class _Matrices:
         }
         if hasattr(self.sae, "threshold"):
             changes["threshold"] = self._threshold(terms[0].code, slopes_NJ[:, : terms[0].code.z_NJ.shape[1]], toward_l0)
-        return replace_params(self.sae, changes)
+        return replace_params(self.sae, changes), scatter_scalars(values_NJ * slopes_NJ, indices_NJ, features)
 
     def _slopes(self, term: _Term) -> Array:
         return dot_rows(term.y_ND, term.code.indices_NJ, self.W_dec_FD) if term.slopes_NJ is None else term.slopes_NJ

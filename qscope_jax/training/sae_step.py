@@ -248,15 +248,18 @@ def _step_of_one(
     with jax.numpy_dtype_promotion("standard"):  # optax divides its int32 step, and raises floats to its power
         weight: Any = config.sparsity_schedule()(_count(state.optimizer)[0]) if config.activation == "jumprelu" else 0.0
     found = loss_and_gradient(sae, x, since_F, weight, config=config, aux_k=aux_k, shards=shards)
-    grads, norm = _project_and_clip(found.parameters, sae, config.clip, shards)
+    grads, norm = _project_and_clip(found.parameters, found.along_F, sae, config.clip, shards)
     # Nothing that is not a number reaches parameters or moments. (Keeping the old ones instead would need copies of all of them.)
     ok = jnp.isfinite(norm)
     grads = jax.tree.map(lambda g: jnp.where(ok, g, jnp.zeros_like(g))[None], grads)
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, state.optimizer, state.sae)  # pyright: ignore[reportArgumentType]
     saes: Any = optax.apply_updates(state.sae, updates)  # pyright: ignore[reportArgumentType]
-    # The condition always holds. Without it XLA's CPU compiler makes one call of the update and the sums over its rows, in arrays of their own.
-    changes = {"W_dec": jax.lax.cond(found.tokens_since_fired[0] >= 0, _normalise, lambda rows: rows, saes.W_dec[...])}
+    # The condition always holds. Without it XLA's CPU compiler makes one call of the update and the sums over its rows, in arrays of their own;
+    # with one for both it writes the result to fresh memory, which the system clears.
+    always, rows_FD = found.tokens_since_fired[0] >= 0, saes.W_dec[...]
+    scale_F = jax.lax.cond(always, _to_unit, lambda rows_FD: rows_FD[..., 0], rows_FD)
+    changes = {"W_dec": jax.lax.cond(always, lambda rows_FD: rows_FD * scale_F[..., None], lambda rows_FD: rows_FD, rows_FD)}
     if config.activation == "jumprelu":
         changes["threshold"] = jnp.maximum(saes.threshold[...], 0)
     if config.activation == "batch_topk":
@@ -283,7 +286,7 @@ def exported(state: SAEState, config: SAEConfig) -> SparseAutoencoder:
         return state.sae
     correction = 1 - config.ema ** _count(state.optimizer).astype(jnp.float32)
     sae = jax.tree.map(lambda leaf: leaf / jnp.maximum(correction, 1e-12), state.average)
-    changes = {"W_dec": _normalise(sae.W_dec[...])}
+    changes = {"W_dec": sae.W_dec[...] * _to_unit(sae.W_dec[...])[..., None]}
     if config.activation == "batch_topk":  # an average already
         changes["threshold"] = state.sae.threshold[...]
     return replace_params(sae, changes)
@@ -296,15 +299,15 @@ def new_sae(W_enc: Array, W_dec: Array, b_enc: Array, b_dec: Array, config: SAEC
     return SparseAutoencoder(W_enc, W_dec, b_enc, b_dec, k=config.slots, activation=config.activation, threshold=threshold)
 
 
-def _project_and_clip(grads: SparseAutoencoder, sae: SparseAutoencoder, clip: float, shards: Shards) -> tuple[SparseAutoencoder, Array]:
+def _project_and_clip(
+    grads: SparseAutoencoder, along_F: Array, sae: SparseAutoencoder, clip: float, shards: Shards
+) -> tuple[SparseAutoencoder, Array]:
     """The decoder's gradient without its part along each direction, all of it at most `clip` long, and its length before that."""
-    rows_FD = sae.W_dec[...]
-    along_F = jnp.sum(grads.W_dec[...] * rows_FD, axis=1)
     # Pythagoras with unit directions, so that the projected gradient is made only where it is used.
     of_b_dec = jnp.sum(jnp.square(grads.b_dec[...]))
     of_features = optax.tree.norm(grads, squared=True) - of_b_dec - jnp.sum(jnp.square(along_F))
     norm = jnp.sqrt(jnp.maximum(shards.sum_features(of_features) + of_b_dec, 0))
-    grads = replace_params(grads, {"W_dec": grads.W_dec[...] - along_F[:, None] * rows_FD})
+    grads = replace_params(grads, {"W_dec": grads.W_dec[...] - along_F[:, None] * sae.W_dec[...]})
     return jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), grads), norm
 
 
@@ -314,8 +317,9 @@ def _follow(threshold_F: Array, least: Array, ok: Array, decay: float) -> Array:
     return jnp.where(ok & (least > 0), moved_F, threshold_F)
 
 
-def _normalise(rows_FD: Array) -> Array:
-    return rows_FD / (jnp.linalg.norm(rows_FD, axis=-1, keepdims=True) + 1e-8)
+def _to_unit(rows_FD: Array) -> Array:
+    """What each row is multiplied by to become a unit vector."""
+    return 1 / (jnp.linalg.norm(rows_FD, axis=-1) + 1e-8)
 
 
 def _count(optimizer_state: Any) -> Array:

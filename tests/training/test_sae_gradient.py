@@ -70,6 +70,7 @@ def test_losses_and_all_gradients_equal_a_dense_computation(variant, dead, x):
     assert got.losses.dead == pytest.approx(still.mean())
     for name, gradient in expected.items():
         np.testing.assert_allclose(getattr(got.parameters, name)[...], gradient, rtol=1e-4, atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(got.along_F, np.sum(expected["W_dec"] * sae.W_dec[...], axis=1), rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
