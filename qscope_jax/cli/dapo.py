@@ -10,7 +10,7 @@ import yaml
 
 from qscope_jax.cli import repetition_features
 from qscope_jax.cli.options import Texts, check_at_least, positional, same_named
-from qscope_jax.cli.sources import SAEOptions, open_model, open_sae
+from qscope_jax.cli.sources import TINY, SAEOptions, open_model, open_sae
 from qscope_jax.cli.training_run import RunOptions, TuningOptions, check_run, run_to_end
 from qscope_jax.errors import ConfigError
 
@@ -27,7 +27,8 @@ class Config(TuningOptions, RunOptions, SAEOptions):
     """Train a model on rewards of its own answers (DAPO); with --num-steered, some of them steered along a feature."""
 
     data: str = positional()
-    """Prompts (a column, or messages) with what rewards look at, such as an answer: a .jsonl, .parquet or .csv file, a folder, or a hub dataset."""
+    """Prompts (a column, or messages) with what rewards look at, such as an answer: a .jsonl, .parquet or .csv file, a folder, or a hub
+    dataset; `tiny` for made sums and questions."""
     rewards: Texts = ("numeric",)
     """Reward functions, each NAME or package.module:function, with =WEIGHT and options behind commas: numeric=1 length=1,soft_punish_cache=64.
     Shipped: numeric, exact_match, multiple_choice, script_share, ngram_repetition, format, length."""
@@ -102,6 +103,12 @@ class Config(TuningOptions, RunOptions, SAEOptions):
     """Unit of steer_alpha."""
     steer_control: Literal["", "random"] = ""
     """Control: steer along random directions of the same norm instead."""
+    max_steered_tokens: int = 0
+    """Tokens of a steered answer that are learnt from, from its first on; 0 is all."""
+    min_entropy: float = 0.0
+    """End the run, saved, where the policy's entropy (nats a token) is below; 0 never does."""
+    max_entropy: float = 0.0
+    """The same where it is above; 0 never does."""
     steps: int = 100
     """Steps of the run, each with rollouts and its updates."""
     learning_rate: float = 1e-6
@@ -255,6 +262,12 @@ def _prompts(config: Config) -> "tuple[list[PromptRow], tuple[int, ...]]":
     """All prompts, and the numbers of those that are only evaluated on."""
     from qscope_jax.data.prompt_rows import load_prompt_rows
 
+    if config.data == TINY:
+        from qscope_jax.demo.repetition import held_out_prompts, prompts_to_learn
+
+        learnt = prompts_to_learn(300 if config.limit is None else config.limit)
+        kept = [row for kind in ("sums", "prone") for row in held_out_prompts(40)[kind]] if config.holdout_share else []
+        return [*learnt, *kept], tuple(range(len(learnt), len(learnt) + len(kept)))
     rows = load_prompt_rows(config.data, column=config.column, split=config.split, limit=config.limit)
     if config.eval_data:
         held_out = load_prompt_rows(config.eval_data, column=config.column)

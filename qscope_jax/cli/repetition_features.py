@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_jax.cli.options import Integers, check_at_least, positional
 from qscope_jax.cli.results import check_writable, write_result
-from qscope_jax.cli.sources import SAEOptions, check_layers, open_model, open_saes
+from qscope_jax.cli.sources import TINY_REPETITION, SAEOptions, check_layers, open_model, open_saes
 from qscope_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ class Config(SAEOptions):
     """Find the features that rise in endless repetition, from the model's own completions."""
 
     data: str = positional()
-    """Prompts (a column, or messages): a .jsonl, .parquet or .csv file, a folder, or a hub dataset."""
+    """Prompts (a column, or messages): a .jsonl, .parquet or .csv file, a folder, or a hub dataset; `tiny:repetition` for made
+    questions."""
     out: str = ""
     """JSON file for the result."""
     page: str = ""
@@ -86,7 +87,13 @@ def _drawn(model: "LanguageModel", config: Config) -> list[tuple[list[int], tupl
     from qscope_jax.models.sampling import SamplingConfig
 
     chat_format = ChatFormat(template=config.template or ("plain" if config.model == "tiny" else ""))
-    rows = load_prompt_rows(config.data, column=config.column, split=config.split, limit=config.limit)
+    if config.data == TINY_REPETITION:
+        from qscope_jax.demo.repetition import open_questions
+
+        each = 150 if config.limit is None else -(-config.limit // 2)
+        rows = [*open_questions(each, prone=True), *open_questions(each)]
+    else:
+        rows = load_prompt_rows(config.data, column=config.column, split=config.split, limit=config.limit)
     prompts = model.tokenize([prompt_text(row.messages, model.tokenizer, chat_format) for row in rows])
     end = turn_end_ids(model.tokenizer, chat_format)
     stops: Sequence[int] = tuple(dict.fromkeys((*(end if len(end) == 1 else ()), *model.config.eos_token_ids)))

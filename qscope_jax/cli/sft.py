@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qscope_jax.cli import language_features
 from qscope_jax.cli.options import Integers, check_at_least, positional, same_named
-from qscope_jax.cli.sources import TINY, ModelOptions, open_model
+from qscope_jax.cli.sources import TINY, TINY_REPETITION, ModelOptions, open_model
 from qscope_jax.cli.training_run import RunOptions, TuningOptions, check_run, run_to_end
 from qscope_jax.errors import ConfigError
 
@@ -29,7 +29,7 @@ class Config(TuningOptions, RunOptions, ModelOptions):
 
     data: str = positional(TINY)
     """Conversations (messages, or prompt and response): a .jsonl or .parquet file, a folder, a hub dataset, or `tiny` for made ones in which a few
-    answers switch to --language."""
+    answers switch to --language, `tiny:repetition` for such as leave the embedded model prone to repetition."""
     method: Literal["sft", "sasft", "penalty"] = "sft"
     """Cross-entropy alone; with the features of --features held down; or with the probability of --language's tokens held down."""
     split: str = "train"
@@ -164,6 +164,11 @@ def _conversations(config: Config) -> "tuple[list[Conversation], list[Conversati
         from qscope_jax.demo.switching import clean_conversations, switching_conversations
 
         return switching_conversations(2000 if config.limit is None else config.limit, config.language, seed=config.seed), clean_conversations(200)
+    if config.data == TINY_REPETITION:
+        from qscope_jax.demo.repetition import cold_start_conversations
+
+        count = 4000 if config.limit is None else config.limit
+        return cold_start_conversations(count, seed=config.seed), cold_start_conversations(200, seed=config.seed + 1)
     found = load_conversations(config.data, split=config.split, limit=config.limit, language_column=config.language_column)
     if config.eval_data:
         return found, load_conversations(config.eval_data, language_column=config.language_column)

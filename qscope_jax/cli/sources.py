@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from qscope_jax.sae.layer_sae import LayerSAE, SAECollection
 
 TINY = "tiny"
+TINY_REPETITION = "tiny:repetition"
+"""Data that leave the embedded model prone to repetition, and questions that show it."""
 LAYERS_AT_ONCE = 4
 """SAEs in memory at a time; one of them can take 3 GB."""
 

@@ -136,6 +136,10 @@ def run_to_end(verb: str, recipe: Any, config: Any, steps: int) -> Finished | No
     from_first(lambda: _write_config(out / "config.yaml", config))
     state = train(recipe, loop)
     lines = from_first(lambda: [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()])
+    if ended := getattr(recipe, "ended", ""):
+        steps = lines[-1]["step"]
+        if is_first():
+            print(f"Ended after step {steps}: {ended}.")
     if not lines or lines[-1]["step"] < steps:
         if is_first():
             print(f"Stopped; continue with: qscope {verb} --config {out / 'config.yaml'} --resume")

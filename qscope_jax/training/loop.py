@@ -46,7 +46,8 @@ class Stream(Protocol):
 class Recipe(Protocol):
     """What is trained.
 
-    An attribute `timings`, where a recipe has one, holds what its last step took, such as seconds by part; it is logged with the rates.
+    An attribute `timings`, where a recipe has one, holds what its last step took, such as seconds by part; it is logged with the rates. An
+    attribute `ended` says why the run should end after the last step, the same in every process; "" lets it go on.
     """
 
     name: str
@@ -120,7 +121,7 @@ class LoopConfig:
 
 
 def train(recipe: Recipe, config: LoopConfig) -> Any:
-    """Run a recipe to its last step, or until SIGTERM or SIGINT, and return the state that it reached; `best_state` gives the best.
+    """Run a recipe to its last step, or until it has `ended`, or SIGTERM or SIGINT, and return the state reached; `best_state` gives the best.
 
     A signal saves a checkpoint and returns; see `interruption`. With `resume`, a torn checkpoint is passed over for the one before, as a
     line on stderr says.
@@ -178,24 +179,26 @@ def _run(recipe: Recipe, config: LoopConfig, checkpoints: Checkpoints | None, st
         stream.set_state(position)
     held_out: dict[str, float] = {}
     with _logs(config, step) as log, _progress(recipe, config, step) as advance:
-        clock = _Clock(recipe.unit)
-        while step < config.steps and not stop():
+        clock, last = _Clock(recipe.unit), config.steps
+        while step < last and not stop():
             batch = next(stream)
             state, metrics = recipe.step(state, batch)
             step += 1
+            if getattr(recipe, "ended", ""):
+                last = step
             units = recipe.units(batch)
             clock.count(units)
-            if is_first() and (step % config.log_every == 0 or step == config.steps):
+            if is_first() and (step % config.log_every == 0 or step == last):
                 log.write(step, {name: _number(value) for name, value in metrics.items()}, clock.read() | getattr(recipe, "timings", {}))
             held_out = {}
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            if config.eval_every and step % config.eval_every == 0 and step < last:
                 held_out = _evaluate(recipe, config, state, step, log)
-            if checkpoints and config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
+            if checkpoints and config.checkpoint_every and step % config.checkpoint_every == 0 and step < last:
                 checkpoints.save(step, state, stream.get_state(), held_out)
                 saved = step
             advance(units, log.last)
         failure = None
-        if step == config.steps:
+        if step == last:
             try:
                 held_out = _evaluate(recipe, config, state, step, log)
             except Exception as error:  # after the save: this may be the first evaluation, at the end of days

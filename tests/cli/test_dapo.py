@@ -51,6 +51,14 @@ def test_a_run_leaves_options_metrics_by_part_a_page_and_a_model(qscope, refused
     assert "already holds a run" in refused("dapo", "train", data, "--config", small, "--model", model, "--out", run)
 
 
+def test_a_run_past_its_entropy_ends_there_and_says_so(qscope, model, small, data, tmp_path):
+    run = tmp_path / "run"
+    answer = qscope("dapo", "train", data, "--config", small, "--model", model, "--out", run, "--max-entropy", 0.01)
+    assert answer.status == 0 and "Ended after step 1: the policy's entropy is" in answer.out and "above max_entropy 0.01" in answer.out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 1] and lines[-1]["held_out"] and (run / "model").is_dir()
+
+
 @pytest.mark.parametrize("flags", [("--steer-unit", "raw"), ("--steer-control", "random")])
 def test_one_member_is_steered_along_a_feature_or_at_random(qscope, model, saes, small, data, tmp_path, flags):
     run = tmp_path / "run"

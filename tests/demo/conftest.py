@@ -4,25 +4,42 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from qscope_jax.demo import corpus, recipe
 from qscope_jax.demo import tour as tour_module
-from qscope_jax.demo.chapters import coverage, explain, switching, tone
+from qscope_jax.demo.chapters import coverage, explain, repetition, switching, tone
 from qscope_jax.demo.corpus import LANGUAGES
+from qscope_jax.demo.dapo_study import Study as DAPOStudy
 from qscope_jax.demo.embedded import TinySAESettings
 from qscope_jax.demo.switching_study import Study
 from qscope_jax.demo.tour import Tour, make_tour
+from qscope_jax.features.repetition.repetition_features import RepetitionFeatures
 from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.models.sampling import SamplingConfig
+from qscope_jax.training.dapo.dapo_config import DAPOConfig
 from qscope_jax.training.sft import SFTConfig
 
 SMALL_STUDY = Study(
     training=SFTConfig(steps=2, batch_size=4, length=64, remat=False), sampling=SamplingConfig(max_new_tokens=4, temperature=1.0), conversations=30,
     clean=6, questions=5, samples=2,
 )  # fmt: skip
+SMALL_DAPO = DAPOStudy(
+    cold_start=SFTConfig(steps=2, batch_size=4, length=64, remat=False), conversations=20,
+    training=DAPOConfig(
+        steps=3, num_prompts=2, num_generations=3, max_prompt_length=32, max_completion_length=4, learning_rate=0.01, warmup_steps=0, remat=False
+    ),
+    prompts=8, held_out=3, samples=2, measure_every=2, probes=4,
+)  # fmt: skip
 FAST = TinySAESettings(num_features=64, k=4, steps=5, batch_tokens=64)
+
+
+def some_repetition_features() -> RepetitionFeatures:
+    """Two features of each of two layers."""
+    ones = np.ones((2, 2))
+    return RepetitionFeatures((0, 1), np.array([[3, 5], [7, 1]]), ones, ones, ones, ones, ones, 1, 0, 1)
 
 
 @pytest.fixture
@@ -60,6 +77,10 @@ def shrink(small_model) -> Callable[[pytest.MonkeyPatch], Tour]:
         patch.setattr(coverage, "CONFIG", replace(coverage.CONFIG, attempts=2, attempts_uncovered=3))
         patch.setattr(explain, "TONE_SENTENCES", 4)
         patch.setattr(switching, "STUDY", SMALL_STUDY)
+        patch.setattr(repetition, "STUDY", SMALL_DAPO)
+        patch.setattr(repetition, "LAYERS", (0, 1))
+        # A random model does not repeat itself.
+        patch.setattr(repetition, "repetition_features", lambda *_: some_repetition_features())
         return make_tour(None, FAST)
 
     return make

@@ -40,6 +40,15 @@ def test_metrics_are_written_every_so_often_and_evaluations_between(whole):
     assert whole[1][-1]["held_out"] == float(whole[0]["sum"].sum())
 
 
+def test_a_recipe_may_end_the_run_which_is_evaluated_and_saved_there(whole, tmp_path):
+    ending = Walk()
+    ending.at = {5: lambda: setattr(ending, "ended", "enough")}
+    state = train(ending, settings(tmp_path / "run"))
+    assert state["steps"] == 5 and [line["step"] for line in lines(tmp_path / "run")] == [2, 4, 4, 5, 5]
+    assert lines(tmp_path / "run")[-1]["held_out"] == float(state["sum"].sum())
+    np.testing.assert_array_equal(train(Walk(), settings(tmp_path / "run", resume=True))["sum"], whole[0]["sum"])
+
+
 def test_nothing_is_kept_without_a_folder(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.testing.assert_array_equal(train(Walk(), settings())["sum"], whole[0]["sum"])

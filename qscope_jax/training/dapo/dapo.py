@@ -100,6 +100,7 @@ class DAPO:
         self.sampler = self._sampler(rows)
         self.watch = RewardWatch(config.num_generations, steered=config.steered_members)
         self.timings: dict[str, float] = {}
+        self.ended = ""
         self._stream: PromptStream | None = None
         self._tokens = 0
         self._update = jax.jit(self._run, donate_argnums=0, out_shardings=(self.tuning.places(), None))
@@ -132,10 +133,11 @@ class DAPO:
         decoder = self.policy(state)
         self._tokens = 0
         groups, metrics = self._collect(decoder, batch, seconds)
-        start = time.monotonic()
+        start, config = time.monotonic(), self.config
         if groups.rollouts:
             state, found = self._learn(state, groups)
             metrics |= found
+            self.ended = _entropy_verdict(found["entropy"], config)
         jax.block_until_ready(state)
         self.timings = {f"{name}_seconds": value for name, value in (*seconds.items(), ("update", time.monotonic() - start))}
         return state, metrics
@@ -250,7 +252,7 @@ class DAPO:
         prompts = [self.task.prompts[one.prompt] for one in groups.rollouts]
         batch = policy_batch(
             prompts, groups.rollouts, found.advantages_N, rows=config.num_rows, mask_truncated=config.mask_truncated_completions,
-            multiple=max(config.head_chunk, 1),
+            max_steered_tokens=config.max_steered_tokens, multiple=max(config.head_chunk, 1),
         )  # fmt: skip
         metrics = {f"advantages/{name}": float(count) for name, count in found.counts.items()} | token_metrics(batch)
         sums: dict[str, float] = {}
@@ -324,6 +326,15 @@ class DAPO:
             self.model.config, self.rollout_mesh, rows=rows, prompt_length=config.max_prompt_length, max_new_tokens=config.max_completion_length,
             sampling=config.sampling(), stop_ids=self.task.stop_ids,
         )  # fmt: skip
+
+
+def _entropy_verdict(entropy: float, config: DAPOConfig) -> str:
+    """Why the run should end at this entropy; "" where it should not."""
+    if config.min_entropy and entropy < config.min_entropy:
+        return f"the policy's entropy is {entropy:.3g} nats a token, below min_entropy {config.min_entropy:g}"
+    if config.max_entropy and not entropy <= config.max_entropy:
+        return f"the policy's entropy is {entropy:.3g} nats a token, above max_entropy {config.max_entropy:g}"
+    return ""
 
 
 def _check_task(task: Task, learnt: Sequence[int], config: DAPOConfig, model: LanguageModel) -> None:

@@ -63,6 +63,12 @@ class DAPOConfig(TuningConfig):
     """End the run instead."""
     num_steered: int = 0
     """Members of each group that are sampled under the run's edits: the last ones."""
+    max_steered_tokens: int = 0
+    """Tokens of a steered answer that are learnt from, from its first on; it is scored as a whole. 0 is all."""
+    min_entropy: float = 0.0
+    """End the run, saved and evaluated, where the mean entropy of a step's tokens (nats) is below; 0 never does."""
+    max_entropy: float = 0.0
+    """The same where it is above; 0 never does. Under clip-higher entropy may grow before it collapses."""
     eval_samples: int = 4
     """Answers to each held-out prompt."""
 
@@ -92,6 +98,10 @@ class DAPOConfig(TuningConfig):
             raise ConfigError(f"temperature is {self.temperature}, expected a positive number: greedy answers to a prompt are all the same")
         if self.scale_rewards not in SCALES:
             raise ConfigError(f"scale_rewards is {self.scale_rewards}, expected one of {', '.join(SCALES)}")
+        if self.max_steered_tokens < 0:
+            raise ConfigError(f"max_steered_tokens is {self.max_steered_tokens}, expected 0 or more")
+        if self.min_entropy < 0 or self.max_entropy < 0 or (self.max_entropy and self.min_entropy >= self.max_entropy):
+            raise ConfigError(f"min_entropy is {self.min_entropy} and max_entropy {self.max_entropy}, expected 0 or more, the first below the second")
         if self.gen_batch_size < 0 or self.rollout_rows < 0:
             raise ConfigError(f"gen_batch_size is {self.gen_batch_size} and rollout_rows {self.rollout_rows}, expected 0 or more")
         if self.num_rows % self.num_mini_batches:

@@ -66,6 +66,7 @@ def policy_batch(
     *,
     rows: int,
     mask_truncated: bool = False,
+    max_steered_tokens: int = 0,
     multiple: int = 1,
 ) -> PolicyBatch:
     """Lay completions out.
@@ -77,6 +78,7 @@ def policy_batch(
         rows: B; missing rows are padding, fully masked.
         mask_truncated: Leave out completions that met no stop token: their tokens do not count, though their rewards did. Steered ones stay, as they
             rarely stop and would all go.
+        max_steered_tokens: Of a steered completion so many tokens count, from its first on; 0 is all.
         multiple: T is a multiple of it.
 
     Raises:
@@ -94,7 +96,8 @@ def policy_batch(
         tokens_BT[row, :end] = (*prompt, *one.token_ids)
         segments[row, :end] = 1
         sampled_BT[row, len(prompt) - 1 : end - 1] = one.logprobs
-        mask_BT[row, len(prompt) - 1 : end - 1] = one.stopped or one.steered or not mask_truncated
+        counted = min(len(one.token_ids), max_steered_tokens) if one.steered and max_steered_tokens else len(one.token_ids)
+        mask_BT[row, len(prompt) - 1 : len(prompt) - 1 + counted] = one.stopped or one.steered or not mask_truncated
     advantages_B, steered_B = np.zeros(rows, np.float32), np.zeros(rows, bool)
     advantages_B[:count], steered_B[:count] = advantages_N, [one.steered for one in rollouts]
     return PolicyBatch(tokens_BT, segments, mask_BT, sampled_BT, advantages_B, steered_B, np.arange(rows) < count)

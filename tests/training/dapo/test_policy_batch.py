@@ -40,6 +40,14 @@ def test_truncated_completions_are_masked_when_asked_for_unless_they_are_steered
     assert batch.mask_BT[1].sum() == 3 and batch.steered_B.tolist() == [False, True]
 
 
+def test_steered_completions_are_learnt_from_up_to_a_length_and_others_whole():
+    drawn = [DRAWN[0], DRAWN[1]._replace(steered=True)]
+    batch = policy_batch(PROMPTS, drawn, ADVANTAGES, rows=2, max_steered_tokens=1)
+    assert np.flatnonzero(batch.mask_BT[0]).tolist() == [2, 3] and np.flatnonzero(batch.mask_BT[1]).tolist() == [0]
+    assert batch.tokens_BT[1, :4].tolist() == [8, 2, 3, 4]
+    np.testing.assert_array_equal(policy_batch(PROMPTS, drawn, ADVANTAGES, rows=2, max_steered_tokens=5).mask_BT.sum(axis=1), [2, 3])
+
+
 def test_an_empty_completion_counts_nothing():
     batch = policy_batch([[5]], [Drawn((), (), stopped=False)], np.zeros(1, np.float32), rows=1)
     assert not batch.mask_BT.any()
