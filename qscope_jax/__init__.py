@@ -20,6 +20,7 @@ _HOMES = {
     "qscope_jax.models.config": ("ModelConfig",),
     "qscope_jax.models.decoder": ("Decoder", "DecoderOutput"),
     "qscope_jax.models.language_model": ("Completion", "LanguageModel", "load_model"),
+    "qscope_jax.models.rollouts": ("Rollout", "RolloutSampler"),
     "qscope_jax.models.sampling": ("SamplingConfig",),
     "qscope_jax.sae.autoencoder": ("SparseAutoencoder", "SparseCode"),
     "qscope_jax.sae.layer_sae": ("LayerSAE", "SAECollection", "load_sae"),
@@ -46,6 +47,8 @@ _HOMES = {
     "qscope_jax.features.classify.fit_classifier": ("fit_classifier",),
     "qscope_jax.features.classify.feature_classifier": ("FeatureClassifier", "load_classifier"),
     "qscope_jax.features.benchmarks.benchmark_comparison": ("compare_benchmarks",),
+    "qscope_jax.features.repetition.endless_repetition": ("endless_repetition",),
+    "qscope_jax.features.repetition.repetition_features": ("find_repetition_features",),
     "qscope_jax.features.switching.find_language_features": ("find_language_features",),
     "qscope_jax.features.switching.language_features": ("LanguageFeatures",),
     "qscope_jax.features.synthesis.coverage": ("coverage",),
@@ -53,6 +56,9 @@ _HOMES = {
     "qscope_jax.features.generation.endpoint": ("EndpointGenerator",),
     "qscope_jax.features.generation.local_generator": ("LocalGenerator",),
     "qscope_jax.training.activations": ("ActivationConfig",),
+    "qscope_jax.training.dapo.dapo": ("DAPO", "PromptTask"),
+    "qscope_jax.training.dapo.dapo_config": ("DAPOConfig",),
+    "qscope_jax.training.dapo.rewards": ("load_rewards",),
     "qscope_jax.training.lora": ("attach", "init_adapters", "load_adapters", "merge", "save_adapters"),
     "qscope_jax.training.loop": ("LoopConfig", "train"),
     "qscope_jax.training.sae": ("SAETraining",),
@@ -83,6 +89,8 @@ if TYPE_CHECKING:
     from qscope_jax.features.generation.local_generator import LocalGenerator
     from qscope_jax.features.languages import monolinguality
     from qscope_jax.features.readout import Readout, read_features, token_texts
+    from qscope_jax.features.repetition.endless_repetition import endless_repetition
+    from qscope_jax.features.repetition.repetition_features import find_repetition_features
     from qscope_jax.features.steering import (
         ablate,
         add_directions,
@@ -105,12 +113,16 @@ if TYPE_CHECKING:
     from qscope_jax.models.config import ModelConfig
     from qscope_jax.models.decoder import Decoder, DecoderOutput
     from qscope_jax.models.language_model import Completion, LanguageModel, load_model
+    from qscope_jax.models.rollouts import Rollout, RolloutSampler
     from qscope_jax.models.sampling import SamplingConfig
     from qscope_jax.parallel.mesh import make_mesh
     from qscope_jax.sae.autoencoder import SparseAutoencoder, SparseCode
     from qscope_jax.sae.layer_sae import LayerSAE, SAECollection, load_sae
     from qscope_jax.sae.metrics import evaluate_sae
     from qscope_jax.training.activations import ActivationConfig
+    from qscope_jax.training.dapo.dapo import DAPO, PromptTask
+    from qscope_jax.training.dapo.dapo_config import DAPOConfig
+    from qscope_jax.training.dapo.rewards import load_rewards
     from qscope_jax.training.loop import LoopConfig, train
     from qscope_jax.training.lora import attach, init_adapters, load_adapters, merge, save_adapters
     from qscope_jax.training.sae import SAETraining

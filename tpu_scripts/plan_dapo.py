@@ -87,7 +87,7 @@ def abstract_recipe(config: "Config", mesh: "Mesh") -> "DAPO":
     from qscope_jax.cli.options import same_named
     from qscope_jax.features.steering import add_directions
     from qscope_jax.models.language_model import LanguageModel
-    from qscope_jax.training.dapo.dapo import DAPO, Task
+    from qscope_jax.training.dapo.dapo import DAPO, PromptTask
     from qscope_jax.training.dapo.dapo_config import DAPOConfig
     from qscope_jax.training.dapo.rewards import Reward
     from tpu_scripts.programs import backbone, decoder_arrays
@@ -95,7 +95,7 @@ def abstract_recipe(config: "Config", mesh: "Mesh") -> "DAPO":
     model = backbone(config.model, config.dtype)
     settings = DAPOConfig(**{**same_named(DAPOConfig, config), "num_steered": 1})
     edit = add_directions(2 * model.num_layers // 3, np.ones((1, model.d_model), np.float32), 1.0)
-    task = Task([[1]], [""], {}, [Reward("any", 1.0, lambda completions: [0.0] * len(completions))], (0,))
+    task = PromptTask([[1]], [""], {}, [Reward("any", 1.0, lambda completions: [0.0] * len(completions))], (0,))
     return DAPO(LanguageModel(decoder_arrays(model, mesh), mesh=mesh), task, settings, edits=(edit,))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qscope_jax.data.prompt_rows import PromptRow
     from qscope_jax.models.edits import Edit
     from qscope_jax.models.language_model import LanguageModel
-    from qscope_jax.training.dapo.dapo import DAPO, Task
+    from qscope_jax.training.dapo.dapo import DAPO, PromptTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +166,14 @@ def make_recipe(model: "LanguageModel", config: Config) -> "DAPO":
     return DAPO(model, make_task(model, config), settings, edits=steering_edits(model, config), rollout_mesh=mesh)
 
 
-def make_task(model: "LanguageModel", config: Config) -> "Task":
+def make_task(model: "LanguageModel", config: Config) -> "PromptTask":
     """Prompts as tokens, with their columns and rewards.
 
     Raises:
         QscopeError: the data cannot be read, or a reward is not known.
     """
     from qscope_jax.data.chat_tokens import prompt_text, turn_end_ids
-    from qscope_jax.training.dapo.dapo import Task
+    from qscope_jax.training.dapo.dapo import PromptTask
     from qscope_jax.training.dapo.rewards import load_rewards
 
     rewards = load_rewards(read_rewards(config.rewards), max_completion_len=config.max_completion_length)
@@ -184,7 +184,7 @@ def make_task(model: "LanguageModel", config: Config) -> "Task":
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
     end = turn_end_ids(model.tokenizer, chat_format)
     stops = tuple(dict.fromkeys((*(end if len(end) == 1 else ()), *model.config.eos_token_ids)))
-    return Task(prompts, texts, {name: [row.columns.get(name) for row in rows] for name in names}, rewards, stops, held_out)
+    return PromptTask(prompts, texts, {name: [row.columns.get(name) for row in rows] for name in names}, rewards, stops, held_out)
 
 
 def read_rewards(given: Sequence[str]) -> dict[str, Any]:

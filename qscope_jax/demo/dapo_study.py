@@ -17,7 +17,7 @@ from qscope_jax.models.edits import Edit
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.models.rollouts import Rollout, RolloutSampler
 from qscope_jax.sae.layer_sae import LayerSAE
-from qscope_jax.training.dapo.dapo import DAPO, Task
+from qscope_jax.training.dapo.dapo import DAPO, PromptTask
 from qscope_jax.training.dapo.dapo_config import DAPOConfig
 from qscope_jax.training.dapo.rewards import Reward, load_rewards
 from qscope_jax.training.sft import SFT, SFTConfig
@@ -184,7 +184,7 @@ def run_arm(model: LanguageModel, study: Study, edits: Sequence[Edit] = (), seed
     """Train from a cold start, and measure on held-out prompts on the way; equal seeds have equal prompts and draws."""
     rows = prompts_to_learn(study.prompts)
     config = replace(study.training, seed=seed, num_steered=int(bool(edits)))
-    task = Task(
+    task = PromptTask(
         _tokens(model, rows, config), [row.messages[-1].content for row in rows], {"answer": [row.columns["answer"] for row in rows]},
         _rewards(config), model.config.eos_token_ids,
     )  # fmt: skip

@@ -41,7 +41,7 @@ from qscope_jax.training.tuning import TunedState, Tuning, accumulate, check_row
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class PromptTask:
     """What is asked, and what answers are worth.
 
     Attributes:
@@ -74,7 +74,7 @@ class DAPO:
     name = "DAPO"
     unit = "tokens"
 
-    def __init__(self, model: LanguageModel, task: Task, config: DAPOConfig, *, edits: Sequence[Edit] = (), rollout_mesh: Mesh | None = None):
+    def __init__(self, model: LanguageModel, task: PromptTask, config: DAPOConfig, *, edits: Sequence[Edit] = (), rollout_mesh: Mesh | None = None):
         """Describe a run.
 
         Args:
@@ -261,10 +261,13 @@ class DAPO:
             minis = [self._placed(batch, slice(part, None, parts)) for part in range(parts)]
             old = [self._old_logprobs(state, mini) for mini in minis]
             reference = [self._reference(self.model.decoder, mini[:3]) if config.beta else None for mini in minis]
+            updates = parts * config.num_iterations
+            # An answer is learnt from as many updates after it was drawn as come before in this step.
+            metrics["staleness"] = (updates - 1) / 2
             for _ in range(config.num_iterations):
                 for mini, before, first in zip(minis, old, reference, strict=True):
                     state, measured = self._update(state, self.tuning.frozen, mini, before, first)
-                    sums = {name: sums.get(name, 0.0) + float(value) / (parts * config.num_iterations) for name, value in measured.items()}
+                    sums = {name: sums.get(name, 0.0) + float(value) / updates for name, value in measured.items()}
         return state, metrics | sums
 
     def _old_logprobs(self, state: TunedState, mini: list[Array]) -> Array | None:
@@ -337,7 +340,7 @@ def _entropy_verdict(entropy: float, config: DAPOConfig) -> str:
     return ""
 
 
-def _check_task(task: Task, learnt: Sequence[int], config: DAPOConfig, model: LanguageModel) -> None:
+def _check_task(task: PromptTask, learnt: Sequence[int], config: DAPOConfig, model: LanguageModel) -> None:
     if not learnt:
         raise InputError(f"there are {len(task.prompts)} prompts, {len(task.held_out)} of them held out; give at least one to learn from")
     check_columns(task.rewards, list(task.columns))

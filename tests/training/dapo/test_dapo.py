@@ -11,7 +11,7 @@ from qscope_jax.models.decoder import Decoder
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.parallel.mesh import make_mesh
 from qscope_jax.parallel.rules import shard_tree
-from qscope_jax.training.dapo.dapo import DAPO, Task
+from qscope_jax.training.dapo.dapo import DAPO, PromptTask
 from qscope_jax.training.dapo.dapo_config import DAPOConfig
 from qscope_jax.training.dapo.rewards import load_rewards
 from qscope_jax.training.loop import LoopConfig, train
@@ -49,7 +49,7 @@ def model(tiny_config):
 def task(reward="many_a", held_out=(4, 5)):
     prompts = [[3 + number, 40, 41] for number in range(6)]
     rewards = load_rewards({f"{__name__}:{reward}": 1.0})
-    return Task(prompts, [f"prompt {number}" for number in range(6)], {"answer": list(range(6))}, rewards, (STOP,), held_out)
+    return PromptTask(prompts, [f"prompt {number}" for number in range(6)], {"answer": list(range(6))}, rewards, (STOP,), held_out)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,6 +158,7 @@ def test_several_updates_of_a_rollout_clip_and_keep_the_old_policy(model):
     _, metrics, _ = gradient(model, config)
     assert metrics["policy/ratio"] != 1 and metrics["policy/old_kl"] > 0 and metrics["policy/kl"] > 0
     assert metrics["policy/clip_low"] + metrics["policy/clip_high"] > 0 and np.isfinite(metrics["loss"])
+    assert metrics["staleness"] == 2.5, "six updates, the last of which comes after five others"
 
 
 def test_too_few_groups_degrade_with_a_line_and_none_change_nothing(model, capsys):
