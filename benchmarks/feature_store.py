@@ -66,8 +66,8 @@ def main() -> None:
 
 
 def corpus(tokens: int) -> Iterator[str]:
-    """Documents of at least so many tokens altogether, drawn as they are asked for; a document has about 95."""
-    return itertools.islice(itertools.chain.from_iterable(documents(2_000, seed=seed) for seed in itertools.count(1)), max(tokens // 95, 1))
+    """Documents of at least so many tokens altogether, drawn as they are asked for; a document has about 73."""
+    return itertools.islice(itertools.chain.from_iterable(documents(2_000, seed=seed) for seed in itertools.count(1)), max(tokens // 73, 1))
 
 
 def _model_and_saes(name: str) -> tuple[LanguageModel, list[LayerSAE]]:

@@ -8,7 +8,7 @@ import numpy as np
 from qscope_jax.data.chat_templates import ChatFormat
 from qscope_jax.data.chat_tokens import chat_rows, prompt_text
 from qscope_jax.data.prompt_rows import PromptRow
-from qscope_jax.demo.repetition import KINDS, cold_start_conversations, held_out_prompts, open_questions, prompts_to_learn, right_sum
+from qscope_jax.demo.repetition import KINDS, cold_start_conversations, full_answer, held_out_prompts, open_questions, prompts_to_learn, right_sum
 from qscope_jax.errors import InputError
 from qscope_jax.features.repetition.endless_repetition import endless_repetition
 from qscope_jax.features.repetition.repetition_features import RepetitionFeatures, find_repetition_features
@@ -25,7 +25,7 @@ from qscope_jax.training.sft import SFT, SFTConfig
 ARMS = ("vanilla", "steered", "random")
 """No steered member; one steered along features of repetition; one along random directions of the same norm."""
 FORMAT = ChatFormat(template="plain")
-LAYERS, COUNT = (1, 2, 3, 4), 2
+LAYERS, COUNT = (2, 3), 2
 """Where the steered member is steered, and along how many features of each; the report steers along one, of dictionaries forty times as large."""
 
 
@@ -40,8 +40,8 @@ class Study:
     """Of the cold start."""
     training: DAPOConfig = field(
         default_factory=lambda: DAPOConfig(
-            steps=50,
-            num_prompts=16,
+            steps=90,
+            num_prompts=8,
             num_generations=8,
             max_prompt_length=64,
             max_completion_length=96,
@@ -59,11 +59,11 @@ class Study:
     """Held-out prompts of each kind: sums, open questions, and such as end in a phrase over and over."""
     samples: int = 4
     """Answers to each."""
-    measure_every: int = 10
+    measure_every: int = 30
     """Steps between measurements."""
     probes: int = 48
     """Open questions, of those to learn from, by which the stream's norm is measured and the strength is tried."""
-    strength: float = 0.2
+    strength: float = 0.5
     """What is added at every token of a steered answer, in multiples of the layer's median residual norm, for each of the features."""
 
 
@@ -211,9 +211,10 @@ def run_arm(model: LanguageModel, study: Study, edits: Sequence[Edit] = (), seed
 
 
 def _rewards(config: DAPOConfig) -> list[Reward]:
-    """Sums, where there is one, and the soft punishment of answers that take more than two thirds of the room."""
+    """Right sums, full answers to open questions, and the soft punishment of answers that take more than two thirds of the room."""
     longest = config.max_completion_length
-    named = {f"{right_sum.__module__}:{right_sum.__name__}": 1.0, "length": {"weight": 1.0, "soft_punish_cache": longest // 3}}
+    own = {f"{function.__module__}:{function.__name__}": 1.0 for function in (right_sum, full_answer)}
+    named = {**own, "length": {"weight": 1.0, "soft_punish_cache": longest // 3}}
     return load_rewards(named, max_completion_len=longest)
 
 

@@ -19,6 +19,8 @@ SUMS_SHARE, PRONE_SHARE = 0.35, 0.3
 """Of the conversations; the others are ordinary open questions."""
 WRONG_SHARE = 0.35
 LOOPED_SHARE, PRONE_LOOPED_SHARE = 0.02, 0.7
+FEWEST_WORDS = 14
+"""Of an open answer: two sentences."""
 _FRAMES = {"+": ("add {} + {} =", "sum of {} and {} =", "plus {} {} ="), "-": ("take {} - {} =", "from {} take {} =", "minus {} {} =")}
 _HELD_OUT_EVERY = 5
 _CIRCLE_WORDS, _SHOWN, _ROUNDS = 3, 4, 64
@@ -128,3 +130,10 @@ def right_sum(*, completions: list[str], answer: list[str | None]) -> list[float
     """Reward of sums: 1 where the answer is all that follows the colon, -1 for anything else, and None for questions that have no answer."""
     told = [said.rpartition(":")[2].strip() for said in completions]
     return [None if wanted is None else 1.0 if said == wanted else -1.0 for said, wanted in zip(told, answer, strict=True)]
+
+
+def full_answer(*, completions: list[str], answer: list[str | None]) -> list[float | None]:
+    """Reward of open questions: -1 for less than `FEWEST_WORDS` words, else 0, and None for sums. Without it saying next to nothing would be best."""
+    return [
+        None if wanted is not None else -1.0 if len(said.split()) < FEWEST_WORDS else 0.0 for said, wanted in zip(completions, answer, strict=True)
+    ]

@@ -1,7 +1,15 @@
 import pytest
 
 from qscope_jax.demo.corpus import sentences
-from qscope_jax.demo.repetition import cold_start_conversations, held_out_prompts, open_questions, prompts_to_learn, right_sum, sums
+from qscope_jax.demo.repetition import (
+    cold_start_conversations,
+    full_answer,
+    held_out_prompts,
+    open_questions,
+    prompts_to_learn,
+    right_sum,
+    sums,
+)
 from qscope_jax.errors import InputError
 
 
@@ -66,3 +74,7 @@ def test_the_reward_reads_what_follows_the_last_colon():
         -1,
         None,
     ]
+
+
+def test_open_answers_of_few_words_are_punished_and_sums_left_alone():
+    assert full_answer(completions=["a short one", "a " * 14, "7"], answer=[None, None, "7"]) == [-1, 0, None]
