@@ -47,6 +47,7 @@ class Study:
             max_completion_length=96,
             temperature=0.8,
             learning_rate=2e-4,
+            schedule="constant",
             warmup_steps=5,
             weight_decay=0.0,
             remat=False,
@@ -168,15 +169,13 @@ class ArmResult:
         right: For each, right answers to each held-out sum.
         repeating: By kind of held-out prompts, for each of the steps, endlessly repeating answers to each.
         metrics: What every step said.
-        first: Answers before the first step, by kind of held-out prompts.
-        answers: Those after the last.
+        answers: Answers after the last step, by kind of held-out prompts.
     """
 
     steps: list[int]
     right: list[list[int]]
     repeating: dict[str, list[list[int]]]
     metrics: list[Mapping[str, float]]
-    first: dict[str, Answers]
     answers: dict[str, Answers]
 
 
@@ -190,7 +189,7 @@ def run_arm(model: LanguageModel, study: Study, edits: Sequence[Edit] = (), seed
     )  # fmt: skip
     recipe = DAPO(model, task, config, edits=edits)
     state, stream = recipe.init(), recipe.stream()
-    result = ArmResult([], [], {kind: [] for kind in KINDS}, [], {}, {})
+    result = ArmResult([], [], {kind: [] for kind in KINDS}, [], {})
 
     def measure(step: int) -> None:
         policy = LanguageModel(recipe.policy(state), mesh=model.mesh, tokenizer=model.tokenizer)
@@ -201,7 +200,6 @@ def run_arm(model: LanguageModel, study: Study, edits: Sequence[Edit] = (), seed
             result.repeating[kind].append(result.answers[kind].repeating())
 
     measure(0)
-    result.first.update(result.answers)
     for step in range(1, config.steps + 1):
         state, metrics = recipe.step(state, next(stream))
         result.metrics.append(metrics)

@@ -9,7 +9,7 @@ import pytest
 
 from qscope_jax.demo import corpus, recipe
 from qscope_jax.demo import tour as tour_module
-from qscope_jax.demo.chapters import coverage, explain, repetition, switching, tone
+from qscope_jax.demo.chapters import coverage, explain, switching, tone
 from qscope_jax.demo.corpus import LANGUAGES
 from qscope_jax.demo.dapo_study import Study as DAPOStudy
 from qscope_jax.demo.embedded import TinySAESettings
@@ -77,10 +77,6 @@ def shrink(small_model) -> Callable[[pytest.MonkeyPatch], Tour]:
         patch.setattr(coverage, "CONFIG", replace(coverage.CONFIG, attempts=2, attempts_uncovered=3))
         patch.setattr(explain, "TONE_SENTENCES", 4)
         patch.setattr(switching, "STUDY", SMALL_STUDY)
-        patch.setattr(repetition, "STUDY", SMALL_DAPO)
-        patch.setattr(repetition, "LAYERS", (0, 1))
-        # A random model does not repeat itself.
-        patch.setattr(repetition, "repetition_features", lambda *_: some_repetition_features())
         return make_tour(None, FAST)
 
     return make

@@ -1,5 +1,5 @@
 """The tour's chapters, in order: each is a module with a `TITLE` and a function `run(tour)` that returns its results."""
 
-from qscope_jax.demo.chapters import coverage, explain, languages, repetition, sentence, steering, switching, tasks, tone, training
+from qscope_jax.demo.chapters import coverage, explain, languages, sentence, steering, switching, tasks, tone, training
 
-CHAPTERS = (training, sentence, languages, steering, tone, tasks, coverage, explain, switching, repetition)
+CHAPTERS = (training, sentence, languages, steering, tone, tasks, coverage, explain, switching)
