@@ -148,8 +148,9 @@ def write_page(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], rows
         bands = {arm: ([share.low for share in of_arm], [share.high for share in of_arm]) for arm, of_arm in shares.items()}
         page.figure(curves(steps, lines, bands=bands, title=title, x_title="step", y_title="share of answers"))
     for name in STEP_METRICS:
-        lines = {arm: np.nanmean([one["metrics"][name] for one in found], axis=0) for arm, found in runs.items()
-                 if not np.isnan(found[0]["metrics"][name]).all()}  # fmt: skip
+        # What a file has null for is not a number.
+        values = {arm: np.array([one["metrics"][name] for one in found], float) for arm, found in runs.items()}
+        lines = {arm: np.nanmean(of_seeds, axis=0) for arm, of_seeds in values.items() if not np.isnan(of_seeds).all(axis=0).any()}
         page.figure(curves(range(1, steps[-1] + 1), lines, title=f"Training: {name}", x_title="step", y_title=name))
     first = next(iter(runs.values()))[0]
     page.table(COLUMNS, first["features"], caption="Features of repetition, first seed")
