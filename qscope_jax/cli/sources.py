@@ -11,6 +11,7 @@ from qscope_jax.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from qscope_jax.features.readout import Readout
+    from qscope_jax.models.config import ModelConfig
     from qscope_jax.models.language_model import LanguageModel
     from qscope_jax.models.sampling import SamplingConfig
     from qscope_jax.sae.layer_sae import LayerSAE, SAECollection
@@ -219,9 +220,15 @@ def _stop_id(stop: str, model: "LanguageModel") -> int:
 def _sae_source(name: str, model: "LanguageModel") -> str:
     if name != TINY:
         return name
+    from qscope_jax.data.hub import open_source
     from qscope_jax.demo.embedded import TINY as EMBEDDED
     from qscope_jax.demo.embedded import tiny_saes
+    from qscope_jax.models.weights import read_config
 
-    if model.source is None or model.source.folder != EMBEDDED:
+    def sizes(config: "ModelConfig") -> tuple[int, ...]:
+        return config.num_layers, config.d_model, config.vocab_size
+
+    # They serve what was fine-tuned from it as well.
+    if sizes(model.config) != sizes(read_config(open_source(EMBEDDED))):
         raise ConfigError(f"--sae is {TINY}, the SAEs of the embedded model; give those of {model.name}")
     return str(tiny_saes(lambda sentence: print(sentence, file=sys.stderr)))

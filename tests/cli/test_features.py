@@ -66,3 +66,12 @@ def test_saes_of_another_model_are_refused(refused, model, wide_saes):
 
 def test_the_embedded_saes_are_not_tried_on_another_model(refused, model):
     assert "the SAEs of the embedded model" in refused("features", TEXT, "--model", model)
+
+
+def test_the_embedded_saes_serve_what_was_fine_tuned_from_the_embedded_model(tmp_path, monkeypatch):
+    from qscope_jax.cli import sources
+    from qscope_jax.demo import embedded
+
+    embedded.tiny_model().save(tmp_path / "tuned")
+    monkeypatch.setattr(embedded, "tiny_saes", lambda say: tmp_path / "saes")
+    assert sources._sae_source("tiny", sources.open_model(str(tmp_path / "tuned"))) == str(tmp_path / "saes")
