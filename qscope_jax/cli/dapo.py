@@ -218,21 +218,14 @@ def steering_edits(model: "LanguageModel", config: Config) -> "list[Edit]":
         return []
     import numpy as np
 
-    from qscope_jax.features.steering import add_directions, residual_norms, steer
+    from qscope_jax.features.steering import random_control, residual_norms, steer
 
-    edits: list[Edit] = []
+    edits = []
     for layer, features in read_layer_features(config.steer_features or ()).items():
         norm = residual_norms(model, _probe_texts(model, config), [layer])[layer] if config.steer_unit == "residual" else None
-        sae = open_sae(config.sae, layer, model)
-        if config.steer_control != "random":
-            edits.append(steer(sae, features, config.steer_alpha, unit=config.steer_unit, residual_norm=norm))
-            continue
-        rows_WD = np.stack([np.asarray(sae.direction(feature)) for feature in features])
-        drawn_WD = np.random.default_rng(config.seed).standard_normal(rows_WD.shape)
-        lengths = np.linalg.norm(rows_WD, axis=1, keepdims=True) if norm is None else np.full((len(features), 1), norm)
-        drawn_WD *= lengths / np.linalg.norm(drawn_WD, axis=1, keepdims=True)
-        edits.append(add_directions(layer, drawn_WD.astype(np.float32), config.steer_alpha))
-    return edits
+        edits.append(steer(open_sae(config.sae, layer, model), features, config.steer_alpha, unit=config.steer_unit, residual_norm=norm))
+    rng = np.random.default_rng(config.seed)
+    return [random_control(edit, rng) for edit in edits] if config.steer_control == "random" else list(edits)
 
 
 def read_layer_features(given: Sequence[str]) -> dict[int, list[int]]:
@@ -262,15 +255,16 @@ def _prompts(config: Config) -> "tuple[list[PromptRow], tuple[int, ...]]":
     """All prompts, and the numbers of those that are only evaluated on."""
     from qscope_jax.data.prompt_rows import load_prompt_rows
 
+    held_out = load_prompt_rows(config.eval_data, column=config.column) if config.eval_data else []
     if config.data == TINY:
         from qscope_jax.demo.repetition import held_out_prompts, prompts_to_learn
 
-        learnt = prompts_to_learn(300 if config.limit is None else config.limit)
-        kept = [row for kind in ("sums", "prone") for row in held_out_prompts(40)[kind]] if config.holdout_share else []
-        return [*learnt, *kept], tuple(range(len(learnt), len(learnt) + len(kept)))
-    rows = load_prompt_rows(config.data, column=config.column, split=config.split, limit=config.limit)
-    if config.eval_data:
-        held_out = load_prompt_rows(config.eval_data, column=config.column)
+        rows = prompts_to_learn(300 if config.limit is None else config.limit)
+        if config.holdout_share and not held_out:
+            held_out = [row for kind in ("sums", "prone") for row in held_out_prompts(40)[kind]]
+    else:
+        rows = load_prompt_rows(config.data, column=config.column, split=config.split, limit=config.limit)
+    if held_out or config.data == TINY:
         return [*rows, *held_out], tuple(range(len(rows), len(rows) + len(held_out)))
     count = max(round(config.holdout_share * len(rows)), 1) if config.holdout_share else 0
     return rows, tuple(sorted(random.Random(config.seed).sample(range(len(rows)), count)))

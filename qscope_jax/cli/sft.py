@@ -167,9 +167,9 @@ def _conversations(config: Config) -> "tuple[list[Conversation], list[Conversati
     if config.data == TINY_REPETITION:
         from qscope_jax.demo.repetition import cold_start_conversations
 
-        count = 4000 if config.limit is None else config.limit
-        return cold_start_conversations(count, seed=config.seed), cold_start_conversations(200, seed=config.seed + 1)
-    found = load_conversations(config.data, split=config.split, limit=config.limit, language_column=config.language_column)
+        found = cold_start_conversations(4000 if config.limit is None else config.limit, seed=config.seed)
+    else:
+        found = load_conversations(config.data, split=config.split, limit=config.limit, language_column=config.language_column)
     if config.eval_data:
         return found, load_conversations(config.eval_data, language_column=config.language_column)
     order = list(range(len(found)))

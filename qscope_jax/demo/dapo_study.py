@@ -12,8 +12,8 @@ from qscope_jax.demo.repetition import KINDS, cold_start_conversations, full_ans
 from qscope_jax.errors import InputError
 from qscope_jax.features.repetition.endless_repetition import endless_repetition
 from qscope_jax.features.repetition.repetition_features import RepetitionFeatures, find_repetition_features
-from qscope_jax.features.steering import add_directions, residual_norms, steer
-from qscope_jax.models.edits import Edit
+from qscope_jax.features.steering import random_control, residual_norms, steer
+from qscope_jax.models.edits import AddDirections, Edit
 from qscope_jax.models.language_model import LanguageModel
 from qscope_jax.models.rollouts import Rollout, RolloutSampler
 from qscope_jax.sae.layer_sae import LayerSAE
@@ -136,7 +136,9 @@ def repetition_features(model: LanguageModel, saes: Sequence[LayerSAE], study: S
     return find_repetition_features(model, saes, repeating, normal, count=count)
 
 
-def edits_of(arm: str, model: LanguageModel, saes: Sequence[LayerSAE], features: RepetitionFeatures, study: Study, seed: int = 0) -> list[Edit]:
+def edits_of(
+    arm: str, model: LanguageModel, saes: Sequence[LayerSAE], features: RepetitionFeatures, study: Study, seed: int = 0
+) -> list[AddDirections]:
     """What the steered member of an arm feels; nothing for `vanilla`.
 
     Raises:
@@ -149,15 +151,11 @@ def edits_of(arm: str, model: LanguageModel, saes: Sequence[LayerSAE], features:
     texts = [prompt_text(row.messages, model.tokenizer, FORMAT) for row in open_questions(study.probes)]
     norms = residual_norms(model, texts, list(features.layers))
     by_layer, rng = {sae.layer: sae for sae in saes}, np.random.default_rng(seed)
-    edits = []
-    for layer, chosen in zip(features.layers, features.features_MS.tolist(), strict=True):
-        if arm == "steered":
-            edits.append(steer(by_layer[layer], chosen, study.strength, unit="residual", residual_norm=norms[layer]))
-            continue
-        drawn_SD = rng.standard_normal((len(chosen), model.config.d_model))
-        drawn_SD *= norms[layer] / np.linalg.norm(drawn_SD, axis=1, keepdims=True)
-        edits.append(add_directions(layer, drawn_SD.astype(np.float32), study.strength))
-    return edits
+    edits = [
+        steer(by_layer[layer], chosen, study.strength, unit="residual", residual_norm=norms[layer])
+        for layer, chosen in zip(features.layers, features.features_MS.tolist(), strict=True)
+    ]
+    return [random_control(edit, rng) for edit in edits] if arm == "random" else edits
 
 
 @dataclass(frozen=True)

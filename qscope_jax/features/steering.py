@@ -6,6 +6,7 @@ Edits are passed to `LanguageModel.generate`, `.logits` or `.residuals`; every n
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -145,6 +146,14 @@ def combine(edits: Sequence[AddDirections]) -> AddDirections:
 def sign_flipped(edit: AddDirections) -> AddDirections:
     """Control: the same edit with every strength negated."""
     return AddDirections(edit.layers_W, edit.directions_WD, -edit.strengths_BW, edit.where_W)
+
+
+def random_control(edit: AddDirections, rng: np.random.Generator) -> AddDirections:
+    """The same strengths along random directions, each as long as the one in whose place it stands: the control of steering."""
+    directions_WD = np.asarray(edit.directions_WD)
+    drawn_WD = rng.standard_normal(directions_WD.shape)
+    drawn_WD *= np.linalg.norm(directions_WD, axis=1, keepdims=True) / np.linalg.norm(drawn_WD, axis=1, keepdims=True)
+    return replace(edit, directions_WD=jnp.asarray(drawn_WD, jnp.float32))
 
 
 def random_features(sae: LayerSAE, count: int, *, seed: int = 0, exclude: Sequence[int] = (), alive: Any = None) -> list[int]:

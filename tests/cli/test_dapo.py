@@ -89,6 +89,16 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_nothing(refused, model, s
     assert not run.exists()
 
 
+def test_made_prompts_are_evaluated_on_their_own_kinds_or_on_what_is_given(data):
+    from qscope_jax.cli.dapo import Config, _prompts
+
+    rows, held_out = _prompts(Config(data="tiny", out="run", limit=20))
+    assert len(rows) == 20 + 80 and held_out == tuple(range(20, 100)) and rows[20].columns["answer"] and rows[99].columns["answer"] is None
+    rows, held_out = _prompts(Config(data="tiny", out="run", limit=20, eval_data=str(data)))
+    assert held_out == tuple(range(20, 28)) and rows[20].columns["answer"] == "garden"
+    assert _prompts(Config(data="tiny", out="run", limit=20, holdout_share=0.0))[1] == ()
+
+
 def test_rewards_are_read_with_weights_and_options():
     found = read_rewards(["numeric", "length=0.5,soft_punish_cache=64", "my.module:reward=2"])
     assert found == {"numeric": {"weight": 1.0}, "length": {"weight": 0.5, "soft_punish_cache": 64}, "my.module:reward": {"weight": 2.0}}

@@ -13,6 +13,7 @@ from qscope_jax.features.steering import (
     combine,
     dose_sweep,
     project_out,
+    random_control,
     random_features,
     residual_norms,
     sign_flipped,
@@ -137,6 +138,20 @@ def test_positions_and_phase_reach_the_edit(character_model, streams, saes):
 def test_the_sign_flipped_control_is_the_negative_strength(logits, saes):
     edit = steer(saes[1], [2, 3], [1.0, -2.0])
     np.testing.assert_array_equal(logits(sign_flipped(edit)), logits(steer(saes[1], [2, 3], [-1.0, 2.0])))
+
+
+def test_the_random_control_keeps_lengths_and_strengths_and_no_direction(saes):
+    edit = steer(saes[1], [1, 4, 6], [1.0, 2.0, -1.0], positions=-1, phase="decode")
+    drawn = random_control(edit, np.random.default_rng(0))
+    lengths = [np.linalg.norm(one.directions_WD, axis=1) for one in (edit, drawn)]
+    np.testing.assert_allclose(lengths[1], lengths[0], rtol=1e-6)
+    assert lengths[1][3] == 0 and np.abs(np.sum(edit.directions_WD * drawn.directions_WD, axis=1)[:3] / lengths[0][:3] ** 2).max() < 0.9
+    for name in ("layers_W", "strengths_BW"):
+        np.testing.assert_array_equal(getattr(drawn, name), getattr(edit, name))
+    assert drawn.where_W is edit.where_W
+    again, other = random_control(edit, np.random.default_rng(0)), random_control(edit, np.random.default_rng(1))
+    np.testing.assert_array_equal(again.directions_WD, drawn.directions_WD)
+    assert np.any(other.directions_WD != drawn.directions_WD)
 
 
 def test_rounding_the_number_of_directions_up_changes_no_result(logits, saes):

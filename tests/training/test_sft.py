@@ -136,8 +136,9 @@ def test_a_state_lies_where_its_parameters_do_and_stays_there(model, batch):
 
 
 def test_remat_and_chunks_of_the_head_leave_the_gradient_unchanged(model, batch, whole):
-    found, _ = gradient(model, replace(SETTINGS, remat=False, head_chunk=4), batch, auxiliary=ceiling(model.config.d_model))
+    found, metrics = gradient(model, replace(SETTINGS, remat=False, head_chunk=4), batch, auxiliary=ceiling(model.config.d_model))
     equal(found, whole[0])
+    assert metrics["loss"] == pytest.approx(whole[1]["loss"], rel=1e-6)
 
 
 def test_the_code_s_form_adds_lambda_times_each_micro_batch_s_own_mean(model, batch):

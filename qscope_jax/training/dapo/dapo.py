@@ -133,11 +133,11 @@ class DAPO:
         decoder = self.policy(state)
         self._tokens = 0
         groups, metrics = self._collect(decoder, batch, seconds)
-        start, config = time.monotonic(), self.config
+        start = time.monotonic()
         if groups.rollouts:
             state, found = self._learn(state, groups)
             metrics |= found
-            self.ended = _entropy_verdict(found["entropy"], config)
+            self.ended = _entropy_verdict(found["entropy"], self.config)
         jax.block_until_ready(state)
         self.timings = {f"{name}_seconds": value for name, value in (*seconds.items(), ("update", time.monotonic() - start))}
         return state, metrics

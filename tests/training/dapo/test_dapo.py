@@ -101,8 +101,9 @@ def test_micro_batches_leave_the_gradient_unchanged(model, plain, parts):
 def test_a_mesh_leaves_the_gradient_unchanged_and_rollouts_may_lie_on_another(model, plain):
     mesh = make_mesh("data=2,fsdp=2")
     spread = LanguageModel(shard_tree(model.decoder, mesh), mesh=mesh, tokenizer=Letters())
-    found, _, _ = gradient(spread, rollout_mesh=make_mesh("data=4"))
+    found, metrics, _ = gradient(spread, rollout_mesh=make_mesh("data=4"))
     equal(found, plain[0], 5e-6)
+    assert metrics["loss"] == pytest.approx(plain[1]["loss"], abs=1e-6) and metrics["length"] == plain[1]["length"]
 
 
 def test_equal_rewards_change_nothing_and_are_said_within_a_few_steps(model, capsys):
